@@ -1,0 +1,1 @@
+"""What every imagemesh service shares: server, client, tensors, batching, configuration, errors and metrics."""

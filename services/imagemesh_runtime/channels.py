@@ -1,0 +1,15 @@
+"""Options that both ends of every channel set."""
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options that both ends of every channel set.
+
+    gRPC would refuse messages over 4 MiB, and punish a client that pings an idle connection.
+    """
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+        ("grpc.so_reuseport", 0),
+    ]

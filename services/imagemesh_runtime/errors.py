@@ -1,0 +1,178 @@
+"""The errors of the mesh, each with its gRPC code; raised anywhere, mapped to ``google.rpc.Status`` in one place.
+
+MeshError                  INTERNAL
+├── InvalidArgument        INVALID_ARGUMENT      BadRequest: field, value, what is allowed
+├── NotFound               NOT_FOUND             ResourceInfo: kind and name; the message lists what exists
+├── Overloaded             RESOURCE_EXHAUSTED    RetryInfo: when to come back
+├── Unavailable            UNAVAILABLE           ErrorInfo: which service
+├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
+├── FailedPrecondition     FAILED_PRECONDITION
+├── InternalError          INTERNAL              ErrorInfo: an id whose story is in the log
+└── RemoteError            as the peer said, its details handed on
+"""
+
+from collections.abc import Iterable, Sequence
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+DOMAIN = "imagemesh"
+_SHOWN = 80  # characters of a client's value that an error repeats
+
+
+def shorten(value: object, limit: int = _SHOWN) -> str:
+    """``repr`` of ``value``, cut so that a hostile value can't flood a log or an answer."""
+    text = repr(value if not isinstance(value, str | bytes) else value[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class MeshError(Exception):
+    """The root. ``code`` is the gRPC status code of the class."""
+
+    code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+
+    def details(self) -> Sequence[Message]:
+        """Messages for the ``details`` of ``google.rpc.Status``."""
+        return ()
+
+    def retry_after(self) -> float | None:
+        """Seconds after which the same call may succeed; None: it won't."""
+        return None
+
+    def to_status(self) -> status_pb2.Status:
+        """This error as gRPC's rich error model (https://google.aip.dev/193) has it."""
+        status = status_pb2.Status(code=self.code.value[0], message=str(self))
+        for detail in self.details():
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+class InvalidArgument(MeshError):
+    """A field of the request has a value that isn't allowed."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.description = f"must be {allowed}, got {shorten(value)}"
+        super().__init__(f"{field} {self.description}")
+
+    def details(self) -> Sequence[Message]:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.description)
+        return (error_details_pb2.BadRequest(field_violations=[violation]),)
+
+
+class NotFound(MeshError):
+    """The request names something that isn't there."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, kind: str, name: str, available: Iterable[str]) -> None:
+        self.kind, self.name = kind, name
+        listed = ", ".join(sorted(available)) or "none"
+        super().__init__(f"{kind} {shorten(name)} not found; available: {listed}")
+
+    def details(self) -> Sequence[Message]:
+        return (error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name[:_SHOWN]),)
+
+
+class Overloaded(MeshError):
+    """A queue is full; the call did no work and may be repeated after ``seconds``."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, queue: str, limit: int, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"queue {queue} is full ({limit} waiting); retry after {seconds:.1f} s")
+
+    def details(self) -> Sequence[Message]:
+        delay = duration_pb2.Duration(nanos=int(self.seconds % 1 * 1e9), seconds=int(self.seconds))
+        return (error_details_pb2.RetryInfo(retry_delay=delay),)
+
+    def retry_after(self) -> float | None:
+        return self.seconds
+
+
+class _AboutService(MeshError):
+    def __init__(self, service: str, message: str) -> None:
+        self.service = service
+        super().__init__(f"{service}: {message}")
+
+    def details(self) -> Sequence[Message]:
+        info = error_details_pb2.ErrorInfo(reason=self.code.name, domain=DOMAIN, metadata={"service": self.service})
+        return (info,)
+
+
+class Unavailable(_AboutService):
+    """A service can't be reached, or is going away."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(_AboutService):
+    """A service did not answer in time."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class FailedPrecondition(MeshError):
+    """The request is well-formed, but this service can't do it as it is configured."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class InternalError(MeshError):
+    """Something unforeseen. The client gets an id; the story stays in the log."""
+
+    def __init__(self, error_id: str) -> None:
+        self.error_id = error_id
+        super().__init__(f"internal error {error_id}; the service's log has the details")
+
+    def details(self) -> Sequence[Message]:
+        return (error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"id": self.error_id}),)
+
+
+class RemoteError(MeshError):
+    """What a peer answered, handed on unchanged."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        self.status = status
+        self.code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+        super().__init__(status.message)
+
+    def to_status(self) -> status_pb2.Status:
+        return self.status
+
+    def retry_after(self) -> float | None:
+        for detail in self.status.details:
+            info = error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                return float(info.retry_delay.ToTimedelta().total_seconds())
+        return None
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_HTTP = {
+    code_pb2.INVALID_ARGUMENT: 400,
+    code_pb2.FAILED_PRECONDITION: 400,
+    code_pb2.OUT_OF_RANGE: 400,
+    code_pb2.UNAUTHENTICATED: 401,
+    code_pb2.PERMISSION_DENIED: 403,
+    code_pb2.NOT_FOUND: 404,
+    code_pb2.ALREADY_EXISTS: 409,
+    code_pb2.ABORTED: 409,
+    code_pb2.RESOURCE_EXHAUSTED: 429,
+    code_pb2.CANCELLED: 499,
+    code_pb2.UNIMPLEMENTED: 501,
+    code_pb2.UNAVAILABLE: 503,
+    code_pb2.DEADLINE_EXCEEDED: 504,
+}
+
+
+def http_status(code: grpc.StatusCode) -> int:
+    """The HTTP status for a gRPC code, as google.rpc.Code documents it."""
+    return _HTTP.get(code.value[0], 500)

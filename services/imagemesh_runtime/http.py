@@ -1,0 +1,92 @@
+"""The small HTTP ports of a service: one to scrape, one to administer.
+
+They are two ports because whoever may scrape must not be able to drain.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+# (method, path) -> handler(accept header) -> (status, content type, body)
+Answer = tuple[int, str, bytes]
+Routes = Mapping[tuple[str, str], Callable[[str], Answer]]
+_TEXT = "text/plain; charset=utf-8"
+
+
+def metrics_routes(registry: CollectorRegistry, ready: Callable[[], bool]) -> Routes:
+    """``/metrics``, ``/healthz`` (the process lives) and ``/readyz`` (it takes new work)."""
+
+    def metrics(accept: str) -> Answer:
+        encode, content_type = choose_encoder(accept)
+        return 200, content_type, encode(registry)
+
+    def readyz(_: str) -> Answer:
+        return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"not ready\n")
+
+    return {
+        ("GET", "/metrics"): metrics,
+        ("GET", "/healthz"): lambda _: (200, _TEXT, b"alive\n"),
+        ("GET", "/readyz"): readyz,
+    }
+
+
+def admin_routes(drain: Callable[[], None]) -> Routes:
+    """``/drain``: take no new work. GET as well as POST, since a Kubernetes preStop hook can only GET."""
+
+    def handle(_: str) -> Answer:
+        drain()
+        return 200, _TEXT, b"draining\n"
+
+    return {("POST", "/drain"): handle, ("GET", "/drain"): handle}
+
+
+class HttpServer:
+    """Serves fixed routes from daemon threads."""
+
+    def __init__(self, listen: str, routes: Routes) -> None:
+        host, _, port = listen.rpartition(":")
+        self._server = ThreadingHTTPServer((host, int(port)), _handler(routes))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name=f"http-{listen}", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """``host:port`` as bound."""
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def start(self) -> None:
+        """Answer requests from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop answering and free the port."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+        self._server.server_close()
+
+
+def _handler(routes: Routes) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # seconds that a slow client may hold a thread
+
+        def _answer(self) -> None:
+            route = routes.get((self.command, self.path.partition("?")[0]))
+            status, kind, body = (
+                (404, _TEXT, b"not found\n") if route is None else route(self.headers.get("Accept", ""))
+            )
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = _answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Scrapes are not worth a log line."""
+
+    return Handler

@@ -1,0 +1,46 @@
+"""A compute lane: the one thread that a device's work runs on.
+
+Every service in a process that uses a device shares its lane, so that co-hosted services take turns and don't
+oversubscribe the cores: math libraries keep one pool of threads for each thread that calls them.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import ParamSpec, TypeVar
+
+from imagemesh_runtime.context import current_call
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Lane:
+    """Runs functions one after another on its own thread."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``function`` on the lane and charge the current call for the wait and the work.
+
+        A caller that is cancelled stops waiting at once. What had not begun never does; what had runs to its end,
+        its result dropped.
+        """
+        call = current_call()
+        submitted = perf_counter()
+
+        def work() -> T:
+            begun = perf_counter()
+            call.queue_seconds += begun - submitted
+            try:
+                return function(*args, **kwargs)
+            finally:
+                call.compute_seconds += perf_counter() - begun
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        """Let the work under way end and drop what waits."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

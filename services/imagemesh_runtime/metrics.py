@@ -1,0 +1,72 @@
+"""Prometheus metrics: one registry a service instance, so that several services can live in one process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+_GRPC = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """The metrics of one service. Every ``imagemesh_*`` series carries the label ``service``."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self.registry = CollectorRegistry()
+        self.grpc_started = self._grpc_counter("grpc_server_started", "RPCs started.")
+        self.grpc_handled = self._grpc_counter("grpc_server_handled", "RPCs completed, whatever the code.", "grpc_code")
+        self.grpc_received = self._grpc_counter("grpc_server_msg_received", "Messages received.")
+        self.grpc_sent = self._grpc_counter("grpc_server_msg_sent", "Messages sent.")
+        self.grpc_seconds = Histogram(
+            "grpc_server_handling_seconds", "Seconds from start to end of an RPC.", _GRPC, buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.queue_wait = self._histogram("imagemesh_queue_wait_seconds", "Seconds a request waited for the device.")
+        self.stage = self._histogram("imagemesh_stage_seconds", "Seconds of one stage of the work.", "stage")
+        self.step = self._histogram("imagemesh_step_seconds", "Seconds of one evaluation of the denoising model.")
+        self.batch_size = self._histogram("imagemesh_batch_size", "Rows computed together.", buckets=_BATCHES)
+        self.model_load = self._histogram("imagemesh_model_load_seconds", "Seconds to load a model.", "model")
+        self.pending = self._gauge("imagemesh_pending_requests", "Requests waiting for the device.")
+        self.running = self._gauge("imagemesh_running_requests", "Requests in work.")
+        self.cancelled = Counter(
+            "imagemesh_cancelled_requests", "Requests given up because the caller went.", ("service",),
+            registry=self.registry,
+        ).labels(service)  # fmt: skip
+
+    def _grpc_counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, (*_GRPC, *labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("service",), registry=self.registry).labels(self.service)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> "Timings":
+        return Timings(
+            Histogram(name, text, ("service", *labels), buckets=buckets, registry=self.registry), self.service
+        )
+
+
+class Timings:
+    """A histogram whose first label, the service, is filled in."""
+
+    def __init__(self, histogram: Histogram, service: str) -> None:
+        self._histogram = histogram
+        self._service = service
+        if len(histogram._labelnames) == 1:
+            histogram.labels(service)  # the series is there, at 0, before anything was measured
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Record ``value`` under the remaining labels."""
+        self._histogram.labels(self._service, *labels).observe(value)
+
+    @contextmanager
+    def time(self, *labels: str) -> Iterator[None]:
+        """Record the seconds that the block takes."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(perf_counter() - start, *labels)

@@ -1,0 +1,178 @@
+"""Where models come from and which of them are in memory.
+
+A model is a folder in a repository; its name is the folder's path below the repository's root (``sd15`` or
+``stabilityai/sd-turbo``). Names from requests are looked up in the list of folders, never joined to a path.
+"""
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Generic, Protocol, TypeVar
+
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_MARKERS = ("model_index.json", "config.json")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk; ``config`` is its model_index.json (a pipeline) or config.json (a single module)."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+
+    def has(self, *components: str) -> bool:
+        """Whether this is a pipeline that has all of ``components``."""
+        return all(self.config.get(name, [None])[0] is not None for name in components)
+
+    def read(self, *parts: str) -> dict[str, Any]:
+        """A JSON file of the folder, such as ``read("vae", "config.json")``."""
+        content: dict[str, Any] = json.loads(self.path.joinpath(*parts).read_text())
+        return content
+
+
+class Repository:
+    """Model folders under one or more roots; the first root that has a name wins."""
+
+    def __init__(self, roots: Iterable[Path]) -> None:
+        self._roots = tuple(roots)
+
+    @classmethod
+    def parse(cls, paths: str) -> "Repository":
+        """Roots as in PATH.
+
+        Raises:
+            InvalidArgument: a root is no folder.
+        """
+        roots = [Path(part).expanduser() for part in paths.split(os.pathsep) if part]
+        for root in roots:
+            if not root.is_dir():
+                raise InvalidArgument("models", str(root), "a folder that exists")
+        return cls(roots)
+
+    def folders(self) -> dict[str, ModelFolder]:
+        """All models by name, read anew from disk."""
+        found: dict[str, ModelFolder] = {}
+        for root in self._roots:
+            for marker in _MARKERS:
+                for file in sorted([*root.glob(f"*/{marker}"), *root.glob(f"*/*/{marker}")]):
+                    self._add(found, root, file)
+        return found
+
+    def _add(self, found: dict[str, ModelFolder], root: Path, file: Path) -> None:
+        name = file.parent.relative_to(root).as_posix()
+        inside_a_model = name.rpartition("/")[0] in found
+        if name in found or inside_a_model:
+            return
+        try:
+            found[name] = ModelFolder(name, file.parent, json.loads(file.read_text()))
+        except (OSError, ValueError) as error:
+            log.warning("model folder %s is left out: %s: %s", name, file.name, error)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a backend knows of a model without loading it."""
+
+    name: str
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+Model = TypeVar("Model")
+Model_co = TypeVar("Model_co", covariant=True)
+
+
+class Backend(Protocol[Model_co]):
+    """An engine that can run some models in one role."""
+
+    name: str
+    device: str
+    dtype: str
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        """The models that it can run, by name."""
+
+    def load(self, name: str) -> Model_co:
+        """Load one of them; called on the lane."""
+
+
+class LoadedModels(Generic[Model]):
+    """Loads each model at its first use, once, on the lane."""
+
+    def __init__(self, backend: Backend[Model], lane: Lane, metrics: Metrics) -> None:
+        self.backend = backend
+        self.lane = lane
+        self._metrics = metrics
+        self._loaded: dict[str, Model] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether the model is in memory."""
+        return name in self._loaded
+
+    async def get(self, name: str) -> Model:
+        """The model, loaded.
+
+        Raises:
+            NotFound: the backend has no such model; the error lists what there is.
+        """
+        if name not in self._loaded:
+            cards = self.backend.cards()
+            if name not in cards:
+                raise NotFound("model", name, cards)
+            async with self._loading.setdefault(name, asyncio.Lock()):
+                if name not in self._loaded:
+                    await self._load(name)
+        return self._loaded[name]
+
+    async def _load(self, name: str) -> None:
+        with self._metrics.model_load.time(name):
+            self._loaded[name] = await self.lane.run(self.backend.load, name)
+        log.info("%s: %s loaded by %s", self._metrics.service, name, self.backend.name)
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A row of a service's BACKENDS: the class, by "module:name", and the library that it needs."""
+
+    target: str
+    library: str | None = None
+    # Only by explicit config, never by "auto".
+    explicit: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library is here; nothing is imported to find out."""
+        return self.library is None or importlib.util.find_spec(self.library) is not None
+
+
+def choose_backend(table: Mapping[str, BackendEntry], choice: str) -> Any:
+    """The backend class that ``choice`` names, or for "auto" the first installed one of the table.
+
+    Raises:
+        InvalidArgument: no such backend.
+        FailedPrecondition: its library is not installed.
+    """
+    if choice == "auto":
+        candidates = [name for name, entry in table.items() if entry.installed and not entry.explicit]
+        if not candidates:
+            needed = ", ".join(entry.library for entry in table.values() if entry.library)
+            raise FailedPrecondition(f"no backend can run here; install one of: {needed}")
+        choice = candidates[0]
+    if choice not in table:
+        raise InvalidArgument("backend", choice, f"auto or one of {', '.join(table)}")
+    entry = table[choice]
+    if not entry.installed:
+        raise FailedPrecondition(f"backend {choice} needs the package {entry.library}, which is not installed")
+    return resolve_name(entry.target)

@@ -1,0 +1,121 @@
+"""The server of every service: limits, interceptors, health, reflection, metrics, drain and a graceful stop."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from imagemesh_runtime.channels import channel_options
+from imagemesh_runtime.config import ServerConfig
+from imagemesh_runtime.http import HttpServer, admin_routes, metrics_routes
+from imagemesh_runtime.interceptors import LayeredInterceptor, context_layer, errors_layer, metrics_layer
+from imagemesh_runtime.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+# Health names for Kubernetes' gRPC probes. A draining service is alive, but not ready.
+LIVENESS = "liveness"
+READINESS = "readiness"
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+class MeshServer:
+    """One gRPC server with its metrics port and its admin port.
+
+    Lifecycle: ``add`` servicers, ``start``, ``set_ready``; later ``drain`` (new work goes elsewhere) and ``stop``.
+    """
+
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+        self.name = metrics.service
+        self.address = ""
+        self._config = config
+        self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
+        self._health = health.aio.HealthServicer()
+        self._ready = False
+        layers = (
+            metrics_layer(metrics),
+            context_layer(config.request_timeout_seconds),
+            errors_layer(self.name),
+        )
+        self._server = grpc.aio.server(
+            interceptors=(LayeredInterceptor(layers, metrics),),
+            options=channel_options(config.max_message_bytes),
+            maximum_concurrent_rpcs=config.max_concurrent_calls,
+        )
+        self.metrics_http = HttpServer(config.metrics_listen, metrics_routes(metrics.registry, lambda: self._ready))
+        self.admin_http = HttpServer(config.admin_listen, admin_routes(self._drain_from_thread))
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, register: Callable[[Any, Any], None], servicer: object, full_name: str) -> None:
+        """Serve ``servicer``; ``register`` is the generated ``add_..._to_server``."""
+        register(servicer, self._server)
+        self._names.append(full_name)
+
+    async def start(self) -> None:
+        """Bind and accept calls; health says NOT_SERVING until ``set_ready``."""
+        self._loop = asyncio.get_running_loop()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        _add_reflection(self._names, self._server)
+        port = self._server.add_insecure_port(self._config.listen)
+        host = self._config.listen.rpartition(":")[0]
+        self.address = self._config.listen if self._config.listen.startswith("unix:") else f"{host}:{port}"
+        for name in ("", READINESS, *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self.metrics_http.start()
+        self.admin_http.start()
+        log.info("%s serves gRPC on %s, metrics on %s, admin on %s",
+                 self.name, self.address, self.metrics_http.address, self.admin_http.address)  # fmt: skip
+
+    async def set_ready(self, ready: bool = True) -> None:
+        """Say through health and ``/readyz`` whether new work is welcome."""
+        self._ready = ready
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", READINESS, *self._names):
+            await self._health.set(name, serving if ready else not_serving)
+
+    async def drain(self) -> None:
+        """Turn new callers away while calls under way go on."""
+        log.info("%s drains", self.name)
+        await self.set_ready(False)
+
+    async def stop(self) -> None:
+        """Drain, let calls under way end within the grace period, then close."""
+        await self.drain()
+        await self._server.stop(self._config.drain_grace_seconds)
+        self.metrics_http.stop()
+        self.admin_http.stop()
+
+    def _drain_from_thread(self) -> None:
+        if self._loop is None:
+            raise RuntimeError("the server has not started")
+        asyncio.run_coroutine_threadsafe(self.drain(), self._loop).result(timeout=10)
+
+
+def _add_reflection(names: list[str], server: Any) -> None:
+    """Register v1alpha, and the same servicer again as v1, which newer clients ask for; the messages agree."""
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
+    )
+
+
+async def wait_for_signal() -> None:
+    """Return when the process is asked to stop (SIGTERM, SIGINT)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    await stop.wait()

@@ -1,0 +1,100 @@
+"""What a room of the house adds up to: a server, its models, and the way to run it as a process."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
+from imagemesh_runtime.config import ModelServerConfig, load
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.server import MeshServer, wait_for_signal
+
+Config = TypeVar("Config", bound=ModelServerConfig)
+Model = TypeVar("Model")
+
+
+class ModelServer(MeshServer, Generic[Model]):
+    """A server that runs models, with the ModelService that every one of them has."""
+
+    def __init__(self, config: ModelServerConfig, metrics: Metrics, models: LoadedModels[Model]) -> None:
+        super().__init__(config, metrics)
+        self._models = models
+        self._preload = [name for name in config.preload.split(",") if name]
+        self._closers: list[Callable[[], Any]] = []
+        self.add(
+            model_service_pb2_grpc.add_ModelServiceServicer_to_server,
+            ModelServicer(metrics.service, models),
+            "imagemesh.v1.ModelService",
+        )
+
+    def on_stop(self, close: Callable[[], Any]) -> None:
+        """Await ``close()`` after the server has stopped."""
+        self._closers.append(close)
+
+    async def start(self) -> None:
+        """Bind, load what is to be preloaded, then say that the service is ready."""
+        await super().start()
+        for name in self._preload:
+            await self._models.get(name)
+        await self.set_ready()
+
+    async def stop(self) -> None:
+        """Stop the server, then what it used."""
+        await super().stop()
+        for close in self._closers:
+            await close()
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Lists a service's models."""
+
+    def __init__(self, role: str, models: LoadedModels[Any]) -> None:
+        self._role = role
+        self._models = models
+
+    async def ListServedModels(
+        self, request: model_service_pb2.ListServedModelsRequest, context: Any
+    ) -> model_service_pb2.ListServedModelsResponse:
+        """Answer from the disk and from memory; nothing is loaded."""
+        backend = self._models.backend
+        infos = [
+            model_service_pb2.ModelInfo(
+                name=card.name,
+                role=self._role,
+                backend=backend.name,
+                dtype=backend.dtype,
+                device=backend.device,
+                loaded=self._models.is_loaded(card.name),
+                properties=card.properties,
+            )
+            for card in backend.cards().values()
+        ]
+        return model_service_pb2.ListServedModelsResponse(models=infos)
+
+
+def set_process_defaults(log_level: str = "INFO") -> None:
+    """Settings of the whole process, made before any library that reads them is imported.
+
+    Idle OpenMP threads would otherwise spin, and two processes on the same cores slow each other several-fold.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def main(cls: type[Config], create: Callable[[Config, Lane], MeshServer], file: Path | None = None) -> None:
+    """Run one service until the process is told to stop."""
+    set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "INFO"))
+    asyncio.run(serve(lambda: create(load(cls, file=file), Lane(cls.SERVICE))))
+
+
+async def serve(create: Callable[[], MeshServer]) -> None:
+    """Create the server (its channels belong to the running event loop), run it until SIGTERM or SIGINT, stop it."""
+    server = create()
+    await server.start()
+    await wait_for_signal()
+    await server.stop()

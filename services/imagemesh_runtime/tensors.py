@@ -1,0 +1,119 @@
+"""The one tensor encoding of the mesh: ``imagemesh.v1.Tensor`` to and from numpy.
+
+numpy has no bfloat16 and no 8-bit floats; their arrays carry ``ml_dtypes``' types.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from imagemesh.v1 import tensor_pb2
+from imagemesh_runtime.errors import InvalidArgument
+
+Array = npt.NDArray[Any]
+
+MAX_RANK: Final = 8
+_DTYPES: Final[Mapping[tensor_pb2.Dtype, np.dtype[Any]]] = {
+    tensor_pb2.DTYPE_FP32: np.dtype("<f4"),
+    tensor_pb2.DTYPE_FP16: np.dtype("<f2"),
+    tensor_pb2.DTYPE_BF16: np.dtype(ml_dtypes.bfloat16),
+    tensor_pb2.DTYPE_FP8_E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
+    tensor_pb2.DTYPE_FP8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
+    tensor_pb2.DTYPE_INT8: np.dtype("i1"),
+    tensor_pb2.DTYPE_UINT8: np.dtype("u1"),
+    tensor_pb2.DTYPE_INT32: np.dtype("<i4"),
+    tensor_pb2.DTYPE_INT64: np.dtype("<i8"),
+    tensor_pb2.DTYPE_BOOL: np.dtype("?"),
+}
+_ENUMS: Final = {dtype: enum for enum, dtype in _DTYPES.items()}
+FLOATS: Final = ("float32", "float16", "bfloat16")
+
+
+def to_proto(array: Array) -> tensor_pb2.Tensor:
+    """Encode an array of any strides.
+
+    Raises:
+        TypeError: the dtype has no place in the contract (float64, complex, object...).
+    """
+    dtype = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
+    enum = _ENUMS.get(dtype)
+    if enum is None:
+        raise TypeError(f"no tensor dtype for {array.dtype}")
+    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
+    return tensor_pb2.Tensor(dtype=enum, shape=array.shape, data=data)
+
+
+def from_proto(
+    tensor: tensor_pb2.Tensor,
+    field: str,
+    *,
+    dtypes: Collection[str] | None = None,
+    shape: Sequence[int | None] | None = None,
+) -> Array:
+    """Decode a tensor into a read-only array that shares the message's bytes.
+
+    Args:
+        field: the tensor's name in the request, for errors.
+        dtypes: numpy names of the dtypes allowed; None allows all.
+        shape: extents required, None for any; None allows every shape.
+
+    Raises:
+        InvalidArgument: dtype, shape or byte count are not what they must be.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidArgument(f"{field}.dtype", tensor.dtype, f"one of {sorted(tensor_pb2.Dtype.values())[1:]}")
+    if dtypes is not None and dtype.name not in dtypes:
+        raise InvalidArgument(f"{field}.dtype", dtype.name, f"one of {', '.join(sorted(dtypes))}")
+    extents = _checked_shape(tensor, field, shape)
+    payload = tensor.WhichOneof("payload")
+    if payload == "shared_memory":
+        raise InvalidArgument(field, payload, "carried as data: this connection has negotiated no shared memory")
+    data = tensor.data
+    expected = math.prod(extents) * dtype.itemsize
+    if len(data) != expected:
+        allowed = f"{expected} bytes for shape {list(extents)} of {dtype.name}"
+        raise InvalidArgument(f"{field}.data", f"{len(data)} bytes", allowed)
+    return np.frombuffer(data, dtype=dtype).reshape(extents)
+
+
+def _checked_shape(tensor: tensor_pb2.Tensor, field: str, wanted: Sequence[int | None] | None) -> tuple[int, ...]:
+    extents = tuple(tensor.shape)
+    if len(extents) > MAX_RANK:
+        raise InvalidArgument(f"{field}.shape", f"{len(extents)} dimensions", f"at most {MAX_RANK} dimensions")
+    if any(extent < 0 for extent in extents):
+        raise InvalidArgument(f"{field}.shape", list(extents), "without negative extents")
+    if wanted is None:
+        return extents
+    fits = len(extents) == len(wanted) and all(w is None or w == e for w, e in zip(wanted, extents, strict=True))
+    if not fits:
+        shown = ", ".join("any" if extent is None else str(extent) for extent in wanted)
+        raise InvalidArgument(f"{field}.shape", list(extents), f"[{shown}]")
+    return extents
+
+
+def require_finite(array: Array, field: str) -> Array:
+    """``array`` itself, if it has no NaN and no infinity.
+
+    Raises:
+        InvalidArgument: it has some.
+    """
+    finite = np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array)
+    if not finite.all():
+        bad = int(array.size - np.count_nonzero(finite))
+        raise InvalidArgument(field, f"{bad} of {array.size} elements NaN or infinite", "finite")
+    return array
+
+
+def map_to_proto(arrays: Mapping[str, Array]) -> dict[str, tensor_pb2.Tensor]:
+    """Encode named arrays for a ``map<string, Tensor>`` field."""
+    return {name: to_proto(array) for name, array in arrays.items()}
+
+
+def map_from_proto(tensors: Mapping[str, tensor_pb2.Tensor], field: str) -> dict[str, Array]:
+    """Decode a ``map<string, Tensor>`` field; errors name the entry."""
+    return {name: from_proto(tensor, f"{field}[{name!r}]") for name, tensor in tensors.items()}

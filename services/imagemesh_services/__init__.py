@@ -1,0 +1,1 @@
+"""The five services of the mesh, one room each. They never import one another."""

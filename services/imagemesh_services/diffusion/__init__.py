@@ -1,0 +1,1 @@
+"""The diffusion service: noise and embeddings to latents."""

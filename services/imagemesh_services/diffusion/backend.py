@@ -1,0 +1,92 @@
+"""The seam between the diffusion service and what runs the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from imagemesh_runtime.registry import BackendEntry
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.schedulers import SchedulerChoice
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """One generation, checked."""
+
+    # "prompt_embeds" and perhaps "negative_prompt_embeds": float [1, tokens, width].
+    conditioning: Mapping[str, Array]
+    width: int  # pixels
+    height: int
+    steps: int
+    guidance_scale: float
+    # None: the model's own scheduler.
+    scheduler: SchedulerChoice | None
+    # One picture a seed.
+    seeds: Sequence[int]
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.guidance_scale > 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model's batch: one a picture, two with guidance."""
+        return len(self.seeds) * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to the UNet: float, rows first, in diffusers' order."""
+
+    down: Sequence[Array]
+    mid: Array
+
+    def __add__(self, other: "Residuals") -> "Residuals":
+        return Residuals([a + b for a, b in zip(self.down, other.down, strict=True)], self.mid + other.mid)
+
+
+class Run(Protocol):
+    """One generation under way. Every method is called on the lane.
+
+    Rows are pictures, twice as many with guidance: then the negative rows come first.
+    """
+
+    # Forward passes of the model in all, and the steps that the user counts them as.
+    evaluations: int
+    scheduler: str
+
+    def embeddings(self) -> Array:
+        """float [rows, tokens, width]: the rows' prompt embeddings."""
+
+    def model_input(self) -> tuple[Array, float]:
+        """The rows as the model gets them at the next evaluation, [rows, channels, h, w], and the timestep."""
+
+    def advance(self, residuals: Residuals | None) -> None:
+        """Do the next evaluation."""
+
+    def steps_done(self) -> int:
+        """Steps behind, as the user counts them."""
+
+    def latents(self) -> Array:
+        """float [pictures, channels, h, w]."""
+
+
+class DiffusionModel(Protocol):
+    """A loaded denoising model with its scheduler's settings."""
+
+    scale_factor: int
+
+    def start(self, inputs: SampleInputs) -> Run:
+        """Draw the noise and set the schedule.
+
+        Raises:
+            InvalidArgument: the conditioning doesn't fit the model, or the scheduler doesn't take so many steps.
+        """
+
+
+_ROOM = "imagemesh_services.diffusion.backends"
+BACKENDS: Final[Mapping[str, BackendEntry]] = {
+    "torch": BackendEntry(f"{_ROOM}.torch:TorchDiffusion", library="torch"),
+    "fake": BackendEntry(f"{_ROOM}.fake:FakeDiffusion", explicit=True),
+}

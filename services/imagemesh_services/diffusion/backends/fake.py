@@ -1,0 +1,88 @@
+"""A sampler to be worked out by hand.
+
+Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evaluation i of n moves them to
+x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
+embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean where
+guidance is on, plus the mean of the middle residual. One evaluation is one step.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.backend import Residuals, SampleInputs
+from imagemesh_services.diffusion.config import DiffusionConfig
+
+CHANNELS = 4
+SCALE = 8
+
+
+class FakeRun:
+    """See the module."""
+
+    def __init__(self, inputs: SampleInputs) -> None:
+        self.evaluations = inputs.steps
+        self.scheduler = inputs.scheduler.class_name if inputs.scheduler else "fake"
+        self._inputs = inputs
+        self._done = 0
+        starts = np.array([seed % 256 / 256 for seed in inputs.seeds], dtype=np.float32)
+        size = (CHANNELS, inputs.height // SCALE, inputs.width // SCALE)
+        self._latents = np.broadcast_to(starts[:, None, None, None], (len(starts), *size)).copy()
+        target = inputs.conditioning["prompt_embeds"].mean(axis=(0, 1))
+        if inputs.guided:
+            negative = inputs.conditioning["negative_prompt_embeds"].mean(axis=(0, 1))
+            target = target + (inputs.guidance_scale - 1) * (target - negative)
+        self._target = target[:, None, None]
+
+    def embeddings(self) -> Array:
+        prompt = self._inputs.conditioning["prompt_embeds"]
+        rows = prompt.repeat(len(self._inputs.seeds), axis=0)
+        if not self._inputs.guided:
+            return rows
+        negative = self._inputs.conditioning["negative_prompt_embeds"]
+        return np.concatenate([negative.repeat(len(self._inputs.seeds), axis=0), rows])
+
+    def model_input(self) -> tuple[Array, float]:
+        rows = np.concatenate([self._latents, self._latents]) if self._inputs.guided else self._latents
+        return rows, float(self.evaluations - self._done)
+
+    def advance(self, residuals: Residuals | None) -> None:
+        target = self._target if residuals is None else self._target + residuals.mid.mean()
+        self._latents = self._latents + (target - self._latents) / (self.evaluations - self._done)
+        self._done += 1
+
+    def steps_done(self) -> int:
+        return self._done
+
+    def latents(self) -> Array:
+        return self._latents.astype(np.float32)
+
+
+class FakeDiffusionModel:
+    """See the module."""
+
+    scale_factor = SCALE
+
+    def start(self, inputs: SampleInputs) -> FakeRun:
+        width = inputs.conditioning["prompt_embeds"].shape[-1]
+        if width != CHANNELS:
+            raise InvalidArgument("conditioning['prompt_embeds']", f"width {width}", f"of width {CHANNELS}")
+        return FakeRun(inputs)
+
+
+class FakeDiffusion:
+    """Has one model, "fake"."""
+
+    name, device, dtype = "fake", "cpu", "float32"
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        """Needs nothing of the configuration."""
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        return {"fake": ModelCard("fake", {"width": "64", "height": "64", "multiple": str(SCALE)})}
+
+    def load(self, name: str) -> FakeDiffusionModel:
+        return FakeDiffusionModel()

@@ -1,0 +1,220 @@
+"""diffusers' UNets in torch, driven through diffusers' own modular blocks, schedulers and guiders.
+
+Stable Diffusion 1.x and 2.x have no modular blocks of their own in diffusers; SDXL's are the same where the text
+encoder's pooled output isn't concerned, so those are run.
+"""
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModularPipelineBlocks, UNet2DConditionModel
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import PipelineState
+from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
+    StableDiffusionXLPrepareLatentsStep,
+    StableDiffusionXLSetTimestepsStep,
+)
+from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
+    StableDiffusionXLLoopAfterDenoiser,
+    StableDiffusionXLLoopBeforeDenoiser,
+)
+
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.registry import ModelCard, ModelFolder
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.backend import Residuals, SampleInputs
+from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.schedulers import SchedulerChoice
+from imagemesh_services.repository import open_repository
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+
+_BEFORE_LOOP: tuple[ModularPipelineBlocks, ...] = (
+    StableDiffusionXLSetTimestepsStep(),
+    StableDiffusionXLPrepareLatentsStep(),
+)
+_BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
+_AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
+
+
+class TorchRun:
+    """One generation: its own scheduler, guider, generators and block state; the UNet is shared."""
+
+    def __init__(self, components: SimpleNamespace, inputs: SampleInputs) -> None:
+        self.scheduler: str = type(components.scheduler).__name__
+        self._components = components
+        self._steps = inputs.steps
+        self._done = 0
+        self._prepared: list[Any] | None = None
+        self._state = self._begin(inputs)
+        self._prompts = self._embeddings(inputs)
+        self.evaluations = len(self._state.timesteps)
+
+    def embeddings(self) -> Array:
+        return to_numpy(torch.cat(list(self._prompts.values())))
+
+    @torch.inference_mode()
+    def model_input(self) -> tuple[Array, float]:
+        timestep = self._state.timesteps[self._done]
+        _BEFORE_DENOISER(self._components, self._state, i=self._done, t=timestep)
+        rows = self._state.scaled_latents.repeat(len(self._prompts), 1, 1, 1)
+        return to_numpy(rows), float(timestep)
+
+    @torch.inference_mode()
+    def advance(self, residuals: Residuals | None) -> None:
+        """One tick: scale the latents, one forward for all of the guider's passes, guidance, the scheduler's step."""
+        state, i = self._state, self._done
+        timestep = state.timesteps[i]
+        _BEFORE_DENOISER(self._components, state, i=i, t=timestep)
+        guider = self._components.guider
+        guider.set_state(step=i, num_inference_steps=self.evaluations, timestep=timestep)
+        passes = guider.prepare_inputs({"prompt_embeds": tuple(reversed(self._prompts.values()))})
+        # The negative pass comes last from the guider and first in the rows, as in diffusers' classic pipelines.
+        rows = list(reversed(passes))
+        prediction = self._forward(
+            state.scaled_latents.repeat(len(rows), 1, 1, 1),
+            timestep,
+            torch.cat([one.prompt_embeds for one in rows]),
+            residuals,
+        )
+        for one, part in zip(rows, prediction.chunk(len(rows)), strict=True):
+            one.noise_pred = part
+        state.noise_pred = guider(passes)[0]
+        _AFTER_DENOISER(self._components, state, i=i, t=timestep)
+        self._done += 1
+
+    def steps_done(self) -> int:
+        """As StableDiffusionPipeline's progress bar counts: warm-up evaluations aside, ``order`` to a step."""
+        if self._done == self.evaluations:
+            return self._steps
+        order = self._components.scheduler.order
+        warmup = max(self.evaluations - self._steps * order, 0)
+        return max(self._done - warmup, 0) // order
+
+    def latents(self) -> Array:
+        return to_numpy(self._state.latents)
+
+    def _begin(self, inputs: SampleInputs) -> Any:
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
+        state = PipelineState()
+        values = {
+            "num_inference_steps": inputs.steps,
+            "height": inputs.height,
+            "width": inputs.width,
+            "generator": generators if len(generators) > 1 else generators[0],
+            "batch_size": len(generators),
+            "num_images_per_prompt": 1,
+            "dtype": self._components.unet.dtype,
+            "eta": 0.0,
+        }
+        for name, value in values.items():
+            state.set(name, value)
+        with torch.inference_mode():
+            for block in _BEFORE_LOOP:
+                block(self._components, state)
+        return SimpleNamespace(**state.values)
+
+    def _embeddings(self, inputs: SampleInputs) -> dict[str, torch.Tensor]:
+        """The prompts of the guider's passes, the negative one first, a row a picture."""
+        unet = self._components.unet
+        names = ["negative_prompt_embeds", "prompt_embeds"] if inputs.guided else ["prompt_embeds"]
+        return {
+            name: to_torch(inputs.conditioning[name], unet.device, unet.dtype).repeat(len(inputs.seeds), 1, 1)
+            for name in names
+        }
+
+    def _forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, prompts: torch.Tensor, residuals: Residuals | None
+    ) -> torch.Tensor:
+        unet = self._components.unet
+        control: dict[str, Any] = {}
+        if residuals is not None:
+            down = [to_torch(one, unet.device, unet.dtype) for one in residuals.down]
+            mid = to_torch(residuals.mid, unet.device, unet.dtype)
+            control = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        result: torch.Tensor = unet(sample, timestep, encoder_hidden_states=prompts, return_dict=False, **control)[0]
+        return result
+
+
+class TorchDiffusionModel:
+    """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
+
+    def __init__(self, unet: Any, scheduler: Any, scale_factor: int) -> None:
+        self.scale_factor = scale_factor
+        self._unet = unet
+        self._scheduler = scheduler
+        # from_config takes up to 0.3 s for some classes; copying what it made, none.
+        self._prototypes: dict[str, Any] = {}
+
+    def start(self, inputs: SampleInputs) -> TorchRun:
+        width = self._unet.config.cross_attention_dim
+        for name, embeds in inputs.conditioning.items():
+            if embeds.shape[-1] != width:
+                raise InvalidArgument(f"conditioning[{name!r}]", f"width {embeds.shape[-1]}", f"of width {width}")
+        components = SimpleNamespace(
+            unet=self._unet,
+            scheduler=self._new_scheduler(inputs.scheduler, inputs.seeds),
+            guider=ClassifierFreeGuidance(guidance_scale=inputs.guidance_scale, enabled=inputs.guided),
+            vae_scale_factor=self.scale_factor,
+            num_channels_latents=self._unet.config.in_channels,
+            default_sample_size=self._unet.config.sample_size,
+            _execution_device=self._unet.device,
+        )
+        try:
+            return TorchRun(components, inputs)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            name = type(components.scheduler).__name__
+            raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
+
+    def _new_scheduler(self, choice: SchedulerChoice | None, seeds: Any) -> Any:
+        if choice is None:
+            return copy.deepcopy(self._scheduler)
+        if choice.name not in self._prototypes:
+            cls = getattr(diffusers, choice.class_name)
+            self._prototypes[choice.name] = cls.from_config(self._scheduler.config, **choice.options)
+        scheduler = copy.deepcopy(self._prototypes[choice.name])
+        if "noise_sampler_seed" in scheduler.config:
+            # This class ignores the request's generator and would draw from the global one.
+            scheduler.register_to_config(noise_sampler_seed=list(seeds) if len(seeds) > 1 else seeds[0])
+            scheduler.noise_sampler_seed = scheduler.config.noise_sampler_seed
+        return scheduler
+
+
+class TorchDiffusion:
+    """Runs the ``unet`` of pipeline folders."""
+
+    name = "torch"
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self._repository = open_repository(config)
+        self._device = pick_device(config.device)
+        self._dtype = pick_dtype(config.dtype)
+        self.device, self.dtype = str(self._device), config.dtype
+        set_threads(config.threads)
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        folders = self._repository.folders().values()
+        return {folder.name: _card(folder) for folder in folders if folder.has("unet", "scheduler", "vae")}
+
+    def load(self, name: str) -> TorchDiffusionModel:
+        folder = self._repository.folders()[name]
+        unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
+        cls = getattr(diffusers, folder.config["scheduler"][1])
+        return TorchDiffusionModel(unet, cls.from_pretrained(folder.path / "scheduler"), _scale_factor(folder))
+
+
+def _scale_factor(folder: ModelFolder) -> int:
+    """Pixels a latent spans, as diffusers derives it from the VAE's configuration."""
+    blocks: list[int] = folder.read("vae", "config.json")["block_out_channels"]
+    return 2 ** (len(blocks) - 1)
+
+
+def _card(folder: ModelFolder) -> ModelCard:
+    scale = _scale_factor(folder)
+    side = str(folder.read("unet", "config.json")["sample_size"] * scale)
+    return ModelCard(
+        folder.name, {"class": folder.config["_class_name"], "width": side, "height": side, "multiple": str(scale)}
+    )

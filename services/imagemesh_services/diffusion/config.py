@@ -1,0 +1,19 @@
+"""Configuration of the diffusion service."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from imagemesh_runtime.config import ModelServerConfig
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(ModelServerConfig):
+    """See ``ModelServerConfig``."""
+
+    SERVICE: ClassVar[str] = "diffusion"
+    listen: str = "127.0.0.1:50052"
+    max_queue: int = 32
+    # Where the ControlNet service is; empty: requests with control units are refused.
+    controlnet: str = ""
+    # How long one step may wait for a ControlNet's residuals.
+    control_timeout_seconds: float = 60.0

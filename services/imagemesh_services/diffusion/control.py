@@ -1,0 +1,63 @@
+"""The sampler's side of its ControlNets: a session each, a question each evaluation."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import reduce
+from operator import add
+
+from imagemesh.v1 import controlnet_service_pb2 as pb
+from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
+from imagemesh.v1 import diffusion_service_pb2
+from imagemesh_runtime.client import Peer, Session
+from imagemesh_runtime.errors import DeadlineExceeded
+from imagemesh_runtime.tensors import Array, from_proto, require_finite, to_proto
+from imagemesh_services.diffusion.backend import Residuals
+
+
+class Control:
+    """The open sessions of one generation."""
+
+    def __init__(self, sessions: Sequence["Session[pb.ControlResponse]"], peer: Peer, timeout: float) -> None:
+        self._sessions = sessions
+        self._peer = peer
+        self._timeout = timeout
+        self.backends: list[str] = []
+
+    async def residuals(self, sample: Array, timestep: float) -> Residuals:
+        """The units' residuals for these rows, summed in the order of the request.
+
+        Raises:
+            DeadlineExceeded: a ControlNet did not answer in time.
+        """
+        question = pb.ControlRequest(step=pb.ControlStep(sample=to_proto(sample), timestep=timestep))
+        try:
+            async with asyncio.timeout(self._timeout):
+                answers = await asyncio.gather(*(session.ask(question) for session in self._sessions))
+        except TimeoutError as error:
+            raise DeadlineExceeded(self._peer.name, f"no residuals within {self._timeout} s") from error
+        self.backends = [answer.backend for answer in answers]
+        return reduce(add, [_residuals(answer) for answer in answers])
+
+
+@asynccontextmanager
+async def open_control(
+    peer: Peer, units: Sequence[diffusion_service_pb2.ControlUnit], embeddings: Array, timeout: float
+) -> AsyncIterator[Control]:
+    """Start a session for every unit; what doesn't change from step to step is sent now, once."""
+    stub = rpc.ControlNetServiceStub(peer.channel)
+    async with AsyncExitStack() as stack:
+        sessions: list[Session[pb.ControlResponse]] = []
+        for unit in units:
+            session = await stack.enter_async_context(peer.session(stub.Control))
+            start = pb.ControlStart(
+                model=unit.model, image=unit.image, encoder_hidden_states=to_proto(embeddings), scale=unit.scale
+            )
+            await session.send(pb.ControlRequest(start=start))
+            sessions.append(session)
+        yield Control(sessions, peer, timeout)
+
+
+def _residuals(answer: pb.ControlResponse) -> Residuals:
+    down = [from_proto(one, f"down_residuals[{i}]") for i, one in enumerate(answer.down_residuals)]
+    return Residuals(down, require_finite(from_proto(answer.mid_residual, "mid_residual"), "mid_residual"))

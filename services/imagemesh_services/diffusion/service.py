@@ -1,0 +1,25 @@
+"""Puts the room together: config -> backend -> queue -> server."""
+
+from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
+from imagemesh_runtime.client import Peer
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.service import ModelServer
+from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel
+from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.servicer import DiffusionServicer
+
+
+def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
+    """The service, not yet started."""
+    metrics = Metrics(config.SERVICE)
+    models: LoadedModels[DiffusionModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    server = ModelServer(config, metrics, models)
+    controlnet = None
+    if config.controlnet:
+        controlnet = Peer("controlnet", config.controlnet, max_message_bytes=config.max_message_bytes)
+        server.on_stop(controlnet.close)
+    servicer = DiffusionServicer(config, models, controlnet, metrics)
+    server.add(rpc.add_DiffusionServiceServicer_to_server, servicer, "imagemesh.v1.DiffusionService")
+    return server

@@ -1,0 +1,21 @@
+"""Puts the room together: config -> backend -> batcher -> server."""
+
+from imagemesh.v1 import text_encoder_service_pb2_grpc as rpc
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.service import ModelServer
+from imagemesh_services.text_encoder.backend import BACKENDS, TextModel
+from imagemesh_services.text_encoder.config import TextEncoderConfig
+from imagemesh_services.text_encoder.servicer import TextEncoderServicer
+
+
+def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel]:
+    """The service, not yet started."""
+    metrics = Metrics(config.SERVICE)
+    models: LoadedModels[TextModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    servicer = TextEncoderServicer(config, models, metrics)
+    server = ModelServer(config, metrics, models)
+    server.add(rpc.add_TextEncoderServiceServicer_to_server, servicer, "imagemesh.v1.TextEncoderService")
+    server.on_stop(servicer.batcher.close)
+    return server

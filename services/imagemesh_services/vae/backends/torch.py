@@ -1,0 +1,78 @@
+"""diffusers' AutoencoderKL in torch."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+
+from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.repository import open_repository
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+from imagemesh_services.vae.backend import MemoryOptions
+from imagemesh_services.vae.config import VaeConfig
+
+
+class TorchVaeModel:
+    """An AutoencoderKL with the processor of diffusers' pipelines around it."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self.channels: int = vae.config.latent_channels
+        self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scaling_factor: float = vae.config.scaling_factor
+        self.shift_factor: float = vae.config.shift_factor or 0.0
+        self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
+
+    @torch.inference_mode()
+    def decode(self, latents: Array, memory: MemoryOptions) -> Array:
+        scaled = to_torch(latents, self._vae.device, self._vae.dtype)
+        with self._spending(memory):
+            pixels = self._vae.decode(scaled / self.scaling_factor + self.shift_factor).sample
+        images = self._processor.postprocess(pixels.float(), output_type="np")
+        array: Array = (images * 255).round().astype("uint8")
+        return array
+
+    @torch.inference_mode()
+    def encode(self, images: Array, memory: MemoryOptions) -> tuple[Array, Array]:
+        pixels = to_torch(images, self._vae.device).permute(0, 3, 1, 2).to(self._vae.dtype) / 127.5 - 1
+        with self._spending(memory):
+            posterior = self._vae.encode(pixels).latent_dist
+        return to_numpy(posterior.mean.float()), to_numpy(posterior.logvar.float())
+
+    @contextmanager
+    def _spending(self, memory: MemoryOptions) -> Iterator[None]:
+        """The options are state of the shared module; the lane runs one call at a time, so set them for the call."""
+        self._vae.use_tiling, self._vae.use_slicing = memory.tiled, memory.sliced
+        try:
+            yield
+        finally:
+            self._vae.use_tiling = self._vae.use_slicing = False
+
+
+class TorchVae:
+    """Runs the ``vae`` of pipeline folders."""
+
+    name = "torch"
+
+    def __init__(self, config: VaeConfig) -> None:
+        self._repository = open_repository(config)
+        self._device = pick_device(config.device)
+        self._dtype = pick_dtype(config.dtype)
+        self.device, self.dtype = str(self._device), config.dtype
+        set_threads(config.threads)
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        folders = self._repository.folders().values()
+        return {
+            folder.name: ModelCard(folder.name, {"class": folder.config["vae"][1]})
+            for folder in folders
+            if folder.has("vae")
+        }
+
+    def load(self, name: str) -> TorchVaeModel:
+        path = self._repository.folders()[name].path
+        return TorchVaeModel(load_module(AutoencoderKL, path / "vae", self._dtype, self._device))

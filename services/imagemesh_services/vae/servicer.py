@@ -1,0 +1,69 @@
+"""Requests to arrays and back."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from imagemesh.v1 import vae_service_pb2 as pb
+from imagemesh.v1 import vae_service_pb2_grpc as rpc
+from imagemesh_runtime.batching import Batcher
+from imagemesh_runtime.limits import MAX_IMAGES, check_range, check_size
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
+from imagemesh_services.vae.backend import MemoryOptions, VaeModel
+from imagemesh_services.vae.config import VaeConfig
+
+Results = list[Array] | list[tuple[Array, Array]]
+
+
+class VaeServicer(rpc.VaeServiceServicer):
+    """Decodes and encodes; pictures of one model, size and options share a forward."""
+
+    def __init__(self, config: VaeConfig, models: LoadedModels[VaeModel], metrics: Metrics) -> None:
+        self._models = models
+        self._metrics = metrics
+        self.batcher: Batcher[Array, Any] = Batcher(
+            self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
+        )
+
+    async def DecodeLatents(self, request: pb.DecodeLatentsRequest, context: Any) -> pb.DecodeLatentsResponse:
+        model = await self._models.get(request.model)
+        shape = (None, model.channels, None, None)
+        latents = require_finite(from_proto(request.latents, "latents", dtypes=FLOATS, shape=shape), "latents")
+        check_range("latents.shape[0]", latents.shape[0], 1, MAX_IMAGES)
+        for axis in (2, 3):
+            check_size(f"latents.shape[{axis}] in pixels", latents.shape[axis] * model.scale_factor, model.scale_factor)
+        images = await self._submit("decode", request.model, latents, request.memory)
+        return pb.DecodeLatentsResponse(images=to_proto(images), backend=self._models.backend.name)
+
+    async def EncodeImages(self, request: pb.EncodeImagesRequest, context: Any) -> pb.EncodeImagesResponse:
+        model = await self._models.get(request.model)
+        images = from_proto(request.images, "images", dtypes=["uint8"], shape=(None, None, None, 3))
+        check_range("images.shape[0]", images.shape[0], 1, MAX_IMAGES)
+        for axis in (1, 2):
+            check_size(f"images.shape[{axis}]", images.shape[axis], model.scale_factor)
+        mean, log_variance = await self._submit("encode", request.model, images, request.memory)
+        return pb.EncodeImagesResponse(
+            mean=to_proto(mean),
+            log_variance=to_proto(log_variance),
+            scaling_factor=model.scaling_factor,
+            shift_factor=model.shift_factor,
+        )
+
+    async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> Any:
+        options = MemoryOptions(memory.tiled, memory.sliced)
+        key = (verb, model, rows.shape[1:], rows.dtype.name, options)
+        return await self.batcher.submit(key, rows, len(rows))
+
+    async def _compute(self, key: Hashable, items: Sequence[Array]) -> Results:
+        verb, name, _, _, options = cast(tuple[str, str, Any, str, MemoryOptions], key)
+        model = await self._models.get(name)
+        work: Callable[[Array, MemoryOptions], Any] = model.decode if verb == "decode" else model.encode
+        with self._metrics.stage.time(verb):
+            result = await self._models.lane.run(work, np.concatenate(items), options)
+        cuts = np.cumsum([len(item) for item in items])[:-1]
+        if verb == "decode":
+            return np.split(result, cuts)
+        return list(zip(*(np.split(part, cuts) for part in result), strict=True))
