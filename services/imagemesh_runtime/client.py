@@ -51,8 +51,10 @@ class Peer:
         self._timeout = timeout_seconds
         self.channel = grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
 
-    async def unary(self, method: Any, request: Message, hop: Hop | None = None) -> Any:
-        """Call a unary method of a stub on ``self.channel``.
+    async def unary(
+        self, method: Any, request: Message, hop: Hop | None = None, *, timeout_seconds: float | None = None
+    ) -> Any:
+        """Call a unary method of a stub on ``self.channel``, for at most ``timeout_seconds`` if given.
 
         Raises:
             Unavailable: the peer can't be reached.
@@ -61,7 +63,8 @@ class Peer:
         """
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += request.ByteSize()
-        call = method(request, timeout=self.timeout(), metadata=self.metadata())
+        timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
+        call = method(request, timeout=timeout, metadata=self.metadata())
         try:
             response = await call
             await hop.end(call)

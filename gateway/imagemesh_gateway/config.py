@@ -1,0 +1,30 @@
+"""Configuration of the gateway."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from imagemesh_runtime.config import MIB, ServerConfig
+
+
+@dataclass(frozen=True)
+class GatewayConfig(ServerConfig):
+    """Where the gateway listens, where the services are, and what it takes when a request names no model."""
+
+    SERVICE: ClassVar[str] = "gateway"
+    listen: str = "127.0.0.1:50050"
+    http_listen: str = "127.0.0.1:7860"
+    text_encoder: str = "127.0.0.1:50051"
+    diffusion: str = "127.0.0.1:50052"
+    vae: str = "127.0.0.1:50053"
+    controlnet: str = "127.0.0.1:50054"
+    vit: str = "127.0.0.1:50055"
+    # Empty: the first by name that the service has.
+    default_model: str = ""
+    default_controlnet: str = ""
+    default_vit: str = ""
+    max_message_bytes: int = 256 * MIB
+    max_http_body_bytes: int = 32 * MIB
+    # How long a service may take to say what models it has.
+    catalogue_timeout_seconds: float = 5.0
+    # How long its answer is believed.
+    catalogue_ttl_seconds: float = 10.0

@@ -1,0 +1,103 @@
+"""The services as the gateway sees them: a channel and a stub each, and what models they have."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+from imagemesh.v1 import (
+    diffusion_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    text_encoder_service_pb2_grpc,
+    vae_service_pb2_grpc,
+    vit_service_pb2_grpc,
+)
+from imagemesh_gateway.config import GatewayConfig
+from imagemesh_runtime.client import Peer
+from imagemesh_runtime.errors import MeshError, NotFound
+
+ModelInfo = model_service_pb2.ModelInfo
+
+
+class Mesh:
+    """Channels to the five services."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        def peer(name: str, address: str) -> Peer:
+            timeout = config.request_timeout_seconds
+            return Peer(name, address, max_message_bytes=config.max_message_bytes, timeout_seconds=timeout)
+
+        self.text_encoder = peer("text-encoder", config.text_encoder)
+        self.diffusion = peer("diffusion", config.diffusion)
+        self.vae = peer("vae", config.vae)
+        self.controlnet = peer("controlnet", config.controlnet)
+        self.vit = peer("vit", config.vit)
+        self.peers = (self.text_encoder, self.diffusion, self.vae, self.controlnet, self.vit)
+        self.encode = text_encoder_service_pb2_grpc.TextEncoderServiceStub(self.text_encoder.channel)
+        self.sample = diffusion_service_pb2_grpc.DiffusionServiceStub(self.diffusion.channel)
+        self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
+        self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
+        self.catalogue = Catalogue(config)
+
+    async def models(self) -> tuple[list[ModelInfo], list[str]]:
+        """All models of all services, and the names of the services that did not answer."""
+        answers = await asyncio.gather(*map(self.catalogue.fetch, self.peers), return_exceptions=True)
+        models: list[ModelInfo] = []
+        unreachable: list[str] = []
+        for peer, answer in zip(self.peers, answers, strict=True):
+            if isinstance(answer, MeshError):
+                unreachable.append(peer.name)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                models += answer.values()
+        return models, unreachable
+
+    async def close(self) -> None:
+        """Close the channels."""
+        for peer in self.peers:
+            await peer.close()
+
+
+class Catalogue:
+    """Remembers for a while which models each service has."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._timeout = config.catalogue_timeout_seconds
+        self._ttl = config.catalogue_ttl_seconds
+        self._defaults = {
+            "diffusion": config.default_model,
+            "controlnet": config.default_controlnet,
+            "vit": config.default_vit,
+        }
+        self._known: dict[str, tuple[float, Mapping[str, ModelInfo]]] = {}
+
+    async def find(self, peer: Peer, name: str) -> ModelInfo:
+        """The service's model of that name; "" is the default one.
+
+        Raises:
+            NotFound: there is no such model; the error lists what there is.
+            Unavailable, DeadlineExceeded: the service doesn't say.
+        """
+        wanted = name or self._defaults.get(peer.name, "")
+        fetched, models = self._known.get(peer.name, (0.0, {}))
+        if time.monotonic() - fetched > self._ttl or (wanted and wanted not in models):
+            models = await self.fetch(peer)
+        if not wanted and models:
+            wanted = min(models)
+        if wanted not in models:
+            raise NotFound("model", wanted, models)
+        return models[wanted]
+
+    async def fetch(self, peer: Peer) -> Mapping[str, ModelInfo]:
+        """Ask the service now.
+
+        Raises:
+            MeshError: it can't be reached, or does not answer in time.
+        """
+        stub = model_service_pb2_grpc.ModelServiceStub(peer.channel)
+        request = model_service_pb2.ListServedModelsRequest()
+        answer = await peer.unary(stub.ListServedModels, request, timeout_seconds=self._timeout)
+        models = {info.name: info for info in answer.models}
+        self._known[peer.name] = (time.monotonic(), models)
+        return models

@@ -1,0 +1,52 @@
+"""Pictures on their way out (PNG with what made them) and control pictures on their way in."""
+
+import io
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from imagemesh_gateway.plan import Plan
+from imagemesh_runtime.images import decode
+from imagemesh_runtime.tensors import Array
+
+
+def encode_png(image: Array, parameters: str) -> bytes:
+    """uint8 [height, width, 3] as a PNG file with a "parameters" text chunk."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def describe(plan: Plan, scheduler: str, seed: int) -> str:
+    """What made a picture, in the form that AUTOMATIC1111's tools read."""
+    lines = [plan.prompt]
+    if plan.negative_prompt:
+        lines.append(f"Negative prompt: {plan.negative_prompt}")
+    fields: dict[str, object] = {
+        "Steps": plan.steps,
+        "Sampler": plan.scheduler or scheduler,
+        "CFG scale": f"{plan.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": plan.model,
+    }
+    if plan.clip_skip:
+        fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def control_picture(plan: Plan, index: int) -> Array:
+    """The unit's picture at the size of the generation, resized as diffusers' pipelines do (Lanczos).
+
+    Raises:
+        InvalidArgument: it isn't a picture.
+    """
+    pixels = decode(plan.controls[index].request.image, f"controls[{index}].image")
+    if pixels.shape[:2] == (plan.height, plan.width):
+        return pixels
+    resized = Image.fromarray(pixels).resize((plan.width, plan.height), Image.Resampling.LANCZOS)
+    return np.asarray(resized)

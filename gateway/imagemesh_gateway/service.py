@@ -1,0 +1,85 @@
+"""Puts the gateway together: config -> channels -> gRPC and HTTP servers."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.http import BodyLimit, create_app
+from imagemesh_gateway.mesh import Mesh
+from imagemesh_gateway.servicer import GatewayServicer
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.server import MeshServer
+
+
+class GatewayServer(MeshServer):
+    """The gRPC server with the HTTP face beside it, in one event loop."""
+
+    def __init__(self, config: GatewayConfig, mesh: Mesh, metrics: Metrics) -> None:
+        super().__init__(config, metrics)
+        self._mesh = mesh
+        self.add(
+            rpc.add_GatewayServiceServicer_to_server, GatewayServicer(mesh, metrics), "imagemesh.v1.GatewayService"
+        )
+        app = create_app(mesh, metrics, lambda: self._ready, config.request_timeout_seconds)
+        host, _, port = config.http_listen.rpartition(":")
+        self._http = _EmbeddedUvicorn(
+            uvicorn.Config(
+                BodyLimit(app, config.max_http_body_bytes), host=host, port=int(port), lifespan="off", log_config=None,
+                access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
+            )
+        )  # fmt: skip
+        self._http_task: asyncio.Task[None] | None = None
+
+    @property
+    def http_address(self) -> str:
+        """``host:port`` of the HTTP face, as bound."""
+        host, port = self._http.servers[0].sockets[0].getsockname()[:2]
+        return f"{host}:{port}"
+
+    async def start(self) -> None:
+        """Bind both faces; ready when both listen."""
+        await super().start()
+        self._http_task = asyncio.create_task(self._http.serve())
+        await self._http.wait_started(self._http_task)
+        await self.set_ready()
+
+    async def stop(self) -> None:
+        """Turn new callers away, let calls under way end, close the channels."""
+        self._http.should_exit = True
+        await super().stop()
+        if self._http_task is not None:
+            await self._http_task
+        await self._mesh.close()
+
+
+class _EmbeddedUvicorn(uvicorn.Server):
+    """uvicorn inside our event loop: signals are ours, and so is the word that it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._listening = asyncio.Event()
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        self._listening.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def wait_started(self, serving: asyncio.Task[None]) -> None:
+        """Return when the server listens; raise if it failed instead."""
+        listening = asyncio.create_task(self._listening.wait())
+        await asyncio.wait((listening, serving), return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if serving.done():
+            raise OSError(f"cannot listen on {self.config.host}:{self.config.port}") from serving.exception()
+
+
+def create(config: GatewayConfig) -> GatewayServer:
+    """The gateway, not yet started; call it inside the event loop that will run it."""
+    return GatewayServer(config, Mesh(config), Metrics(config.SERVICE))

@@ -1,0 +1,49 @@
+"""The gateway's gRPC face."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh.v1 import vit_service_pb2
+from imagemesh_gateway.mesh import Mesh
+from imagemesh_gateway.pipeline import generate
+from imagemesh_gateway.plan import make_plan
+from imagemesh_runtime.metrics import Metrics
+
+
+class GatewayServicer(rpc.GatewayServiceServicer):
+    """Generates, classifies, embeds and lists by asking the services."""
+
+    def __init__(self, mesh: Mesh, metrics: Metrics) -> None:
+        self._mesh = mesh
+        self._metrics = metrics
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        plan = await make_plan(request, self._mesh)
+        async with aclosing(generate(self._mesh, plan, self._metrics)) as events:
+            async for event in events:
+                yield event
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
+        mesh = self._mesh
+        model = await mesh.catalogue.find(mesh.vit, request.model)
+        asked = vit_service_pb2.ClassifyImagesRequest(model=model.name, images=request.images, top_k=request.top_k)
+        with self._metrics.stage.time("vit"):
+            answer = await mesh.vit.unary(mesh.see.ClassifyImages, asked)
+        return pb.ClassifyResponse(classifications=answer.classifications, model=answer.model)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        mesh = self._mesh
+        model = await mesh.catalogue.find(mesh.vit, request.model)
+        asked = vit_service_pb2.EmbedImagesRequest(
+            model=model.name, images=request.images, pooling=request.pooling, normalize=request.normalize
+        )
+        with self._metrics.stage.time("vit"):
+            answer = await mesh.vit.unary(mesh.see.EmbedImages, asked)
+        return pb.EmbedResponse(embeddings=answer.embeddings, model=answer.model)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        models, unreachable = await self._mesh.models()
+        return pb.ListModelsResponse(models=models, unreachable=unreachable)

@@ -1,0 +1,46 @@
+"""The seam between the ControlNet service and what runs the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from imagemesh_runtime.registry import BackendEntry
+from imagemesh_runtime.tensors import Array
+
+
+@dataclass(frozen=True)
+class ControlInputs:
+    """What stays the same for all steps of a generation."""
+
+    image: Array  # uint8 [height, width, 3], RGB
+    embeddings: Array  # float [rows, tokens, width]
+    scale: float
+
+
+class ControlRun(Protocol):
+    """A ControlNet at work for one generation. Called on the lane."""
+
+    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+        """For rows [rows, channels, h, w]: what to add to the UNet's skip connections, and to its middle block.
+
+        Raises:
+            InvalidArgument: the rows don't fit the picture or the embeddings.
+        """
+
+
+class ControlModel(Protocol):
+    """A loaded ControlNet."""
+
+    def start(self, inputs: ControlInputs) -> ControlRun:
+        """Prepare for a generation.
+
+        Raises:
+            InvalidArgument: the embeddings don't fit the model.
+        """
+
+
+_ROOM = "imagemesh_services.controlnet.backends"
+BACKENDS: Final[Mapping[str, BackendEntry]] = {
+    "torch": BackendEntry(f"{_ROOM}.torch:TorchControlNet", library="torch"),
+    "fake": BackendEntry(f"{_ROOM}.fake:FakeControlNet", explicit=True),
+}

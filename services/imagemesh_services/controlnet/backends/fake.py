@@ -1,0 +1,47 @@
+"""A ControlNet to be worked out by hand.
+
+Its one skip residual is zero everywhere, of the rows' shape; its middle residual is scale x the picture's mean
+brightness (0 to 1) everywhere, [rows, 1, 1, 1].
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.controlnet.backend import ControlInputs
+from imagemesh_services.controlnet.config import ControlNetConfig
+
+
+class FakeControlRun:
+    """See the module."""
+
+    def __init__(self, inputs: ControlInputs) -> None:
+        self._brightness = float(inputs.image.mean() / 255 * inputs.scale)
+
+    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+        mid = np.full((len(sample), 1, 1, 1), self._brightness, dtype=np.float32)
+        return [np.zeros_like(sample)], mid
+
+
+class FakeControlModel:
+    """See the module."""
+
+    def start(self, inputs: ControlInputs) -> FakeControlRun:
+        return FakeControlRun(inputs)
+
+
+class FakeControlNet:
+    """Has one model, "fake"."""
+
+    name, device, dtype = "fake", "cpu", "float32"
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        """Needs nothing of the configuration."""
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        return {"fake": ModelCard("fake")}
+
+    def load(self, name: str) -> FakeControlModel:
+        return FakeControlModel()

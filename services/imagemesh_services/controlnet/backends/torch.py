@@ -1,0 +1,87 @@
+"""diffusers' ControlNetModel in torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.controlnet.backend import ControlInputs
+from imagemesh_services.controlnet.config import ControlNetConfig
+from imagemesh_services.repository import open_repository
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+
+
+class TorchControlRun:
+    """One generation's picture and prompts, on the device."""
+
+    def __init__(self, model: Any, inputs: ControlInputs) -> None:
+        self._model = model
+        self._scale = inputs.scale
+        self._embeddings = to_torch(inputs.embeddings, model.device, model.dtype)
+        pixels = to_torch(inputs.image, model.device).to(model.dtype) / 255
+        self._image = pixels.permute(2, 0, 1).unsqueeze(0).repeat(len(self._embeddings), 1, 1, 1)
+        self._factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
+
+    @torch.inference_mode()
+    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+        self._check(sample)
+        down, mid = self._model(
+            to_torch(sample, self._model.device, self._model.dtype),
+            torch.tensor(timestep, device=self._model.device),
+            encoder_hidden_states=self._embeddings,
+            controlnet_cond=self._image,
+            conditioning_scale=self._scale,
+            return_dict=False,
+        )
+        return [to_numpy(one) for one in down], to_numpy(mid)
+
+    def _check(self, sample: Array) -> None:
+        height, width = (side // self._factor for side in self._image.shape[-2:])
+        wanted = [len(self._embeddings), self._model.config.in_channels, height, width]
+        if list(sample.shape) != wanted:
+            raise InvalidArgument(
+                "step.sample.shape", list(sample.shape), f"{wanted}, as the picture and prompts have it"
+            )
+
+
+class TorchControlModel:
+    """A ControlNet."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def start(self, inputs: ControlInputs) -> TorchControlRun:
+        width = self._model.config.cross_attention_dim
+        if inputs.embeddings.shape[-1] != width:
+            got = f"width {inputs.embeddings.shape[-1]}"
+            raise InvalidArgument("start.encoder_hidden_states", got, f"of width {width}")
+        return TorchControlRun(self._model, inputs)
+
+
+class TorchControlNet:
+    """Runs folders that hold a ControlNetModel."""
+
+    name = "torch"
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        self._repository = open_repository(config)
+        self._device = pick_device(config.device)
+        self._dtype = pick_dtype(config.dtype)
+        self.device, self.dtype = str(self._device), config.dtype
+        set_threads(config.threads)
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        folders = self._repository.folders().values()
+        return {
+            folder.name: ModelCard(folder.name, {"class": "ControlNetModel"})
+            for folder in folders
+            if folder.config.get("_class_name") == "ControlNetModel"
+        }
+
+    def load(self, name: str) -> TorchControlModel:
+        path = self._repository.folders()[name].path
+        return TorchControlModel(load_module(ControlNetModel, path, self._dtype, self._device))

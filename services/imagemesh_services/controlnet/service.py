@@ -1,0 +1,20 @@
+"""Puts the room together: config -> backend -> server."""
+
+from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.service import ModelServer
+from imagemesh_services.controlnet.backend import BACKENDS, ControlModel
+from imagemesh_services.controlnet.config import ControlNetConfig
+from imagemesh_services.controlnet.servicer import ControlNetServicer
+
+
+def create(config: ControlNetConfig, lane: Lane) -> ModelServer[ControlModel]:
+    """The service, not yet started."""
+    metrics = Metrics(config.SERVICE)
+    models: LoadedModels[ControlModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    server = ModelServer(config, metrics, models)
+    servicer = ControlNetServicer(config, models, metrics)
+    server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService")
+    return server

@@ -1,0 +1,69 @@
+"""Requests to arrays and back."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from imagemesh.v1 import controlnet_service_pb2 as pb
+from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
+from imagemesh_runtime.errors import InvalidArgument, Overloaded
+from imagemesh_runtime.limits import MAX_CONTROL_SCALE, check_range, check_size
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.tensors import FLOATS, from_proto, require_finite, to_proto
+from imagemesh_services.controlnet.backend import ControlInputs, ControlModel, ControlRun
+from imagemesh_services.controlnet.config import ControlNetConfig
+
+
+class ControlNetServicer(rpc.ControlNetServiceServicer):
+    """A session a generation: what stays the same once, then residuals for every evaluation."""
+
+    def __init__(self, config: ControlNetConfig, models: LoadedModels[ControlModel], metrics: Metrics) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._max_sessions = config.max_queue
+        self._sessions = 0
+
+    async def Control(
+        self, request_iterator: AsyncIterator[pb.ControlRequest], context: Any
+    ) -> AsyncIterator[pb.ControlResponse]:
+        if self._sessions >= self._max_sessions:
+            raise Overloaded("controlnet", self._max_sessions, 1.0)
+        self._sessions += 1
+        try:
+            with self._metrics.running.track_inprogress():
+                run: ControlRun | None = None
+                async for request in request_iterator:
+                    if request.WhichOneof("message") == "step":
+                        yield await self._residuals(run, request.step)
+                    else:
+                        run = await self._start(run, request)
+        finally:
+            self._sessions -= 1
+
+    async def _start(self, run: ControlRun | None, request: pb.ControlRequest) -> ControlRun:
+        if run is not None or request.WhichOneof("message") != "start":
+            raise InvalidArgument("message", request.WhichOneof("message"), "start once, then step")
+        start = request.start
+        model = await self._models.get(start.model)
+        check_range("start.scale", start.scale, 0, MAX_CONTROL_SCALE)
+        image = from_proto(start.image, "start.image", dtypes=["uint8"], shape=(None, None, 3))
+        for axis in (0, 1):
+            check_size(f"start.image.shape[{axis}]", image.shape[axis], 8)
+        field = "start.encoder_hidden_states"
+        embeddings = from_proto(start.encoder_hidden_states, field, dtypes=FLOATS, shape=(None, None, None))
+        inputs = ControlInputs(image, require_finite(embeddings, field), start.scale)
+        return await self._models.lane.run(model.start, inputs)
+
+    async def _residuals(self, run: ControlRun | None, step: pb.ControlStep) -> pb.ControlResponse:
+        if run is None:
+            raise InvalidArgument("message", "step", "start before the first step")
+        shape = (None, None, None, None)
+        sample = require_finite(from_proto(step.sample, "step.sample", dtypes=FLOATS, shape=shape), "step.sample")
+        with self._metrics.step.time(), self._metrics.stage.time("control"):
+            down, mid = await self._models.lane.run(run.residuals, sample, step.timestep)
+        self._metrics.batch_size.observe(len(sample))
+        return pb.ControlResponse(
+            down_residuals=[to_proto(one) for one in down],
+            mid_residual=to_proto(mid),
+            backend=self._models.backend.name,
+        )
