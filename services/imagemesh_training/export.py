@@ -1,0 +1,77 @@
+"""Write the trained models as imagemesh ships them: half-precision safetensors in the standard folder layouts.
+
+`python -m imagemesh_training.export --work DIR` takes what is there: the pipeline `sd`, a VAE whose decoder was tuned
+afterwards (`decoder`), the `vit`, the `controlnet`. Model cards are written by hand and left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
+from transformers import ViTForImageClassification
+
+import imagemesh_models
+from imagemesh_training import tokenizer
+from imagemesh_training.train_vit import processor
+
+LIMIT = 48 * 2**20  # bytes, all models together
+
+
+def load_as_float32(config: Path) -> None:
+    """Let transformers load these weights in float32, as diffusers does by itself, though they are stored in half."""
+    settings = json.loads(config.read_text())
+    settings["dtype"] = "float32"
+    config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def export_pipeline(work: Path, folder: Path) -> None:
+    """The text-to-picture folder; the tokenizer both in CLIP's own files and in the one newer libraries write."""
+    pipe = StableDiffusionPipeline.from_pretrained(work / "sd", torch_dtype=torch.float32)
+    if (work / "decoder").exists():
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(work / "decoder"))
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
+    load_as_float32(folder / "text_encoder" / "config.json")
+
+
+def export_vit(work: Path, folder: Path) -> None:
+    """The classifier with its labels and its image processor."""
+    ViTForImageClassification.from_pretrained(work / "vit", dtype=torch.float16).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    load_as_float32(folder / "config.json")
+
+
+def export_controlnet(work: Path, folder: Path) -> None:
+    """The ControlNet for the pipeline's UNet."""
+    ControlNetModel.from_pretrained(work / "controlnet", torch_dtype=torch.float16).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export every model that has been trained; refuse to ship more than the limit."""
+    parser = argparse.ArgumentParser(description="Export the trained models")
+    parser.add_argument("--work", type=Path, default=Path("out/train"))
+    parser.add_argument("--out", type=Path, default=imagemesh_models.root())
+    args = parser.parse_args(argv)
+    writers = {"sd": export_pipeline, "vit": export_vit, "controlnet": export_controlnet}
+    for name, write in writers.items():
+        if (args.work / name).exists():
+            if name == "sd" and not (args.work / "tokenizer").exists():
+                tokenizer.build(args.work / "tokenizer")
+            write(args.work, args.out / f"emoji-{name}")
+    size = sum(
+        path.stat().st_size for path in args.out.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
+    print(f"{size / 2**20:.1f} MB in {args.out}")
+    if size > LIMIT:
+        raise SystemExit(f"more than the {LIMIT / 2**20:.0f} MB that may ship")
+
+
+if __name__ == "__main__":
+    main()
