@@ -1,15 +1,20 @@
 """What the torch backends share: devices, element types, arrays. Imported by them alone."""
 
+import logging
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.tensors import Array
 
+log = logging.getLogger(__name__)
+
+_FAULTS_SHOWN: Final = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -68,7 +73,32 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     return result
 
 
-def load_module(cls: Any, path: Any, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> Any:
-    """A diffusers or transformers module from safetensors (never a pickle), in eval mode on the device."""
-    module = cls.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **kwargs)
+def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> Any:
+    """A diffusers or transformers module from safetensors (never a pickle), in eval mode on the device.
+
+    Raises:
+        FailedPrecondition: the folder has no safetensors, or not just the weights that its config.json asks for.
+    """
+    shown = f"{path.parent.name}/{path.name}"
+    try:
+        module, report = cls.from_pretrained(
+            path,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in words of ours
+            **kwargs,
+        )
+    except OSError as error:
+        log.warning("%s: %s", shown, error)
+        raise FailedPrecondition(f"{shown} has no weights in safetensors files that can be read") from error
+    # Both libraries would go on with random values in place of what is missing.
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults += [
+        f"{name} is {list(found)}, where config.json asks for {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if faults:
+        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise FailedPrecondition(f"weights of {shown} don't fit: {'; '.join(faults[:_FAULTS_SHOWN])}{more}")
     return module.to(device).eval().requires_grad_(False)
