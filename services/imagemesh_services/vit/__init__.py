@@ -1,0 +1,1 @@
+"""The ViT service: what pictures show, and vectors that stand for them."""

@@ -1,0 +1,15 @@
+"""Configuration of the ViT service."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from imagemesh_runtime.config import ModelServerConfig
+
+
+@dataclass(frozen=True)
+class VitConfig(ModelServerConfig):
+    """See ``ModelServerConfig``; ``max_batch`` counts pictures."""
+
+    SERVICE: ClassVar[str] = "vit"
+    listen: str = "127.0.0.1:50055"
+    max_batch: int = 32
