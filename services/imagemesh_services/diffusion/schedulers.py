@@ -34,7 +34,7 @@ _BASE: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
     "LMS": ("LMSDiscreteScheduler", {}),
     "DPM2": ("KDPM2DiscreteScheduler", {}),
     "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "DPM++ 2S": (_SINGLESTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "DPM++ 2S": (_SINGLESTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}),
     "DPM++ 2M": (_MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "DPM++ 3M": (_MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 3}),
     "DPM++ 2M SDE": (_MULTISTEP, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),

@@ -22,6 +22,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
     StableDiffusionXLLoopAfterDenoiser,
     StableDiffusionXLLoopBeforeDenoiser,
 )
+from diffusers.utils import logging as diffusers_logging
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
@@ -157,7 +158,7 @@ class TorchDiffusionModel:
         components = SimpleNamespace(
             unet=self._unet,
             scheduler=self._new_scheduler(inputs.scheduler, inputs.seeds),
-            guider=ClassifierFreeGuidance(guidance_scale=inputs.guidance_scale, enabled=inputs.guided),
+            guider=_new_guider(inputs),
             vae_scale_factor=self.scale_factor,
             num_channels_latents=self._unet.config.in_channels,
             default_sample_size=self._unet.config.sample_size,
@@ -181,6 +182,16 @@ class TorchDiffusionModel:
             scheduler.register_to_config(noise_sampler_seed=list(seeds) if len(seeds) > 1 else seeds[0])
             scheduler.noise_sampler_seed = scheduler.config.noise_sampler_seed
         return scheduler
+
+
+def _new_guider(inputs: SampleInputs) -> ClassifierFreeGuidance:
+    """A guider of this request's own; diffusers warns at each that guiders are experimental, which is no news here."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        return ClassifierFreeGuidance(guidance_scale=inputs.guidance_scale, enabled=inputs.guided)
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 class TorchDiffusion:

@@ -1,0 +1,66 @@
+# Everything a developer or a newcomer runs. The Python that makes the environment, and where pip looks for torch's
+# CPU build beside its own index, can be set: make install PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+BUF := .tools/node_modules/.bin/buf
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help install dev demo run test lint format protos bench train-demo eval-demo wheel clean
+
+help: ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
+
+install: $(VENV)/.installed ## create .venv and install imagemesh with all services
+
+dev: $(VENV)/.dev ## install what tests, lint and training need as well
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) deploy/install.py --venv $(VENV) --extras all --index "$(TORCH_INDEX)"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) deploy/install.py --venv $(VENV) --extras dev --index "$(TORCH_INDEX)"
+	@touch $@ $(VENV)/.installed
+
+demo: install ## start the mesh, generate a picture into out/, classify it, print what each hop cost, stop
+	$(BIN)/imagemesh demo --out out
+
+run: install ## run the whole mesh in one process (imagemesh up)
+	$(BIN)/imagemesh up
+
+test: dev ## all tests
+	$(BIN)/python -m pytest tests --ignore=tests/bench
+
+lint: dev $(BUF) ## ruff, mypy, import-linter, buf, file and function sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/support/sizes.py
+	cd protos && ../$(BUF) lint
+
+format: dev ## format the code
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+protos: dev ## regenerate protos/gen
+	$(BIN)/python protos/generate.py
+
+bench: dev ## measure: ratios with their spread, out/bench.json beside the table
+	$(BIN)/python -m tests.bench --out out/bench.json
+
+train-demo: dev ## train the shipped models (hours; resumes)
+	$(BIN)/python -m imagemesh_training
+
+eval-demo: dev ## measure the shipped models
+	$(BIN)/python -m imagemesh_training.evaluate
+
+wheel: dev ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --outdir dist
+
+$(BUF):
+	npm install --silent --no-audit --no-fund --prefix .tools @bufbuild/buf@1.75.0
+
+clean: ## remove what make made
+	rm -rf $(VENV) .tools out dist

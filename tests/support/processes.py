@@ -1,0 +1,84 @@
+"""The mesh as six processes, each started as a user would: ``imagemesh serve SERVICE``."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVICES = ("controlnet", "text-encoder", "diffusion", "vae", "vit", "gateway")
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running service: its gRPC address and the process behind it."""
+
+    name: str
+    address: str
+    process: "subprocess.Popen[bytes]"
+
+    def wait_ready(self) -> None:
+        """Return when its health says so.
+
+        Raises:
+            RuntimeError: the process ended instead, or took too long.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        with grpc.insecure_channel(self.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for answer in self._watch(health, deadline):
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+        raise RuntimeError(f"{self.name} is not ready (exit code {self.process.poll()})")
+
+    def _watch(self, health: health_pb2_grpc.HealthStub, deadline: float) -> Iterator[health_pb2.HealthCheckResponse]:
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                request = health_pb2.HealthCheckRequest(service="readiness")
+                yield from health.Watch(request, timeout=deadline - time.monotonic(), wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+
+
+@contextmanager
+def start(name: str, address: str, env: Mapping[str, str]) -> Iterator[Process]:
+    """Start one service; it is asked to stop at the end, and must."""
+    command = [sys.executable, "-m", "imagemesh_cli", "serve", name, "--listen", address]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env})
+    try:
+        yield Process(name, address, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+@contextmanager
+def six_processes(models: Path, sockets: Path, **env: str) -> Iterator[dict[str, Process]]:
+    """All services and the gateway, joined by Unix sockets in ``sockets``; ready when entered."""
+    addresses = {name: f"unix:{sockets / name}.sock" for name in SERVICES}
+    settings = {
+        "IMAGEMESH_MODELS": str(models),
+        "IMAGEMESH_METRICS_LISTEN": "127.0.0.1:0",
+        "IMAGEMESH_ADMIN_LISTEN": "127.0.0.1:0",
+        "IMAGEMESH_GATEWAY_HTTP_LISTEN": "127.0.0.1:0",
+        "IMAGEMESH_DIFFUSION_CONTROLNET": addresses["controlnet"],
+        **{f"IMAGEMESH_GATEWAY_{name.replace('-', '_').upper()}": address for name, address in addresses.items()},
+        **env,
+    }
+    with ExitStack() as stack:
+        found = {name: stack.enter_context(start(name, addresses[name], settings)) for name in SERVICES}
+        for process in found.values():
+            process.wait_ready()
+        yield found
