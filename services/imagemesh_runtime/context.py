@@ -6,7 +6,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-_TRACEPARENT = re.compile(r"^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$")
+_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,16 @@ class Trace:
 
     @classmethod
     def parse(cls, header: str | None) -> "Trace | None":
-        """The caller's trace, or None if the header is absent or malformed (the standard says: begin anew)."""
-        match = _TRACEPARENT.match(header or "")
-        if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
+        """The caller's trace, or None if the header is absent or malformed (the standard says: begin anew).
+
+        Versions after 00 may append fields of their own.
+        """
+        match = _TRACEPARENT.fullmatch(header or "")
+        if match is None or (match[1] == "00" and match[5] is not None):
             return None
-        return cls(match[1], match[2], match[3])
+        if match[2] == "0" * 32 or match[3] == "0" * 16:
+            return None
+        return cls(match[2], match[3], match[4])
 
     def child(self) -> "Trace":
         """A span below this one."""
@@ -62,7 +67,7 @@ class CallContext:
 
 def parse_server_timing(header: str) -> dict[str, float]:
     """Durations in seconds by name."""
-    pairs = re.findall(r"([\w-]+);dur=([0-9.]+)", header)
+    pairs = re.findall(r"([\w-]+);dur=([0-9]+(?:\.[0-9]+)?)", header)
     return {name: float(milliseconds) / 1e3 for name, milliseconds in pairs}
 
 

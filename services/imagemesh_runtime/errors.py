@@ -7,6 +7,7 @@ MeshError                  INTERNAL
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
+├── Unimplemented          UNIMPLEMENTED
 ├── InternalError          INTERNAL              ErrorInfo: an id whose story is in the log
 └── RemoteError            as the peer said, its details handed on
 """
@@ -20,12 +21,21 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "imagemesh"
 _SHOWN = 80  # characters of a client's value that an error repeats
+_LISTED = 1500  # characters of names that an error lists: gRPC drops a status of over 8 KiB, and it is in there twice
 
 
 def shorten(value: object, limit: int = _SHOWN) -> str:
     """``repr`` of ``value``, cut so that a hostile value can't flood a log or an answer."""
     text = repr(value if not isinstance(value, str | bytes) else value[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    text = ", ".join(names) or "none"
+    if len(text) <= _LISTED:
+        return text
+    shown = text[:_LISTED].rpartition(", ")[0]
+    return f"{shown} and {len(names) - shown.count(', ') - 1} more"
 
 
 class MeshError(Exception):
@@ -73,8 +83,7 @@ class NotFound(MeshError):
 
     def __init__(self, kind: str, name: str, available: Iterable[str]) -> None:
         self.kind, self.name = kind, name
-        listed = ", ".join(sorted(available)) or "none"
-        super().__init__(f"{kind} {shorten(name)} not found; available: {listed}")
+        super().__init__(f"{kind} {shorten(name)} not found; available: {_listed(sorted(available))}")
 
     def details(self) -> Sequence[Message]:
         return (error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name[:_SHOWN]),)
@@ -125,6 +134,12 @@ class FailedPrecondition(MeshError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class Unimplemented(MeshError):
+    """The service has no such method."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
 class InternalError(MeshError):
     """Something unforeseen. The client gets an id; the story stays in the log."""
 
@@ -141,7 +156,7 @@ class RemoteError(MeshError):
 
     def __init__(self, status: status_pb2.Status) -> None:
         self.status = status
-        self.code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+        self.code = CODES.get(status.code, grpc.StatusCode.UNKNOWN)
         super().__init__(status.message)
 
     def to_status(self) -> status_pb2.Status:
@@ -151,11 +166,11 @@ class RemoteError(MeshError):
         for detail in self.status.details:
             info = error_details_pb2.RetryInfo()
             if detail.Unpack(info):
-                return float(info.retry_delay.ToTimedelta().total_seconds())
+                return max(float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9), 0.0)
         return None
 
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 _HTTP = {
     code_pb2.INVALID_ARGUMENT: 400,
     code_pb2.FAILED_PRECONDITION: 400,

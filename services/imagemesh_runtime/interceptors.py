@@ -2,7 +2,8 @@
 
 metrics -> call context (trace, deadline, Server-Timing) -> errors -> the servicer's method.
 
-A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC.
+A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC. It also
+parses and serialises the messages itself, so that a request that can't be parsed is an error like any other.
 """
 
 import asyncio
@@ -10,16 +11,25 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from imagemesh_runtime.context import CallContext, Trace, set_current_call
-from imagemesh_runtime.errors import DeadlineExceeded, InternalError, MeshError
+from imagemesh_runtime.errors import (
+    CODES,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    MeshError,
+    Unavailable,
+    Unimplemented,
+)
 from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -30,6 +40,8 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
+# A client gives up when its own clock says so, a little before the deadline that it sent: gRPC rounds that one up.
+_EARLY_SECONDS, _EARLY_SHARE = 0.05, 0.02
 
 
 @dataclass
@@ -44,6 +56,12 @@ class Call:
     context_call: CallContext
     # The code that the RPC ends with, as far as it is known.
     code: grpc.StatusCode = grpc.StatusCode.OK
+
+    def final_code(self) -> grpc.StatusCode:
+        """The code that the client gets: the layers' one, else what the servicer itself set or aborted with."""
+        if self.code is not grpc.StatusCode.OK:
+            return self.code
+        return CODES.get(self.context.code() or 0, grpc.StatusCode.UNKNOWN)
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -60,26 +78,39 @@ def metrics_layer(metrics: Metrics) -> Layer:
         try:
             yield
         except asyncio.CancelledError:
-            call.code = grpc.StatusCode.CANCELLED
+            call.code = _code_of_cancel(call, perf_counter() - start)
             raise
         finally:
             metrics.grpc_seconds.labels(*labels).observe(perf_counter() - start)
-            metrics.grpc_handled.labels(*labels, call.code.name).inc()
+            metrics.grpc_handled.labels(*labels, call.final_code().name).inc()
 
     return layer
 
 
+def _code_of_cancel(call: Call, seconds: float) -> grpc.StatusCode:
+    """gRPC cancels the servicer both when the client goes and when the client's deadline has passed."""
+    remaining = call.context_call.remaining()
+    if remaining is not None and remaining <= _EARLY_SECONDS + _EARLY_SHARE * seconds:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
+
+
 def context_layer(default_timeout: float) -> Layer:
-    """Give the call its trace and its deadline, and tell the caller afterwards what it cost."""
+    """Give the call its trace and its deadline, and tell the caller afterwards what it cost.
+
+    gRPC's own services (health, reflection) get no default deadline: a health watch lasts as long as its client.
+    """
 
     @asynccontextmanager
     async def layer(call: Call) -> AsyncIterator[None]:
         trace = Trace.parse(call.metadata.get("traceparent"))
+        limits = [] if call.service.startswith("grpc.") else [default_timeout]
         remaining = call.context.time_remaining()
-        timeout = default_timeout if remaining is None else min(remaining, default_timeout)
+        if remaining is not None:
+            limits.append(remaining)
         current = call.context_call
         current.trace = trace.child() if trace else Trace.start()
-        current.deadline = time.monotonic() + timeout
+        current.deadline = time.monotonic() + min(limits) if limits else None
         set_current_call(current)
         try:
             yield
@@ -95,23 +126,38 @@ def errors_layer(service: str) -> Layer:
 
     @asynccontextmanager
     async def layer(call: Call) -> AsyncIterator[None]:
-        remaining = call.context_call.remaining()
+        limit = asyncio.timeout(call.context_call.remaining())
         try:
-            async with asyncio.timeout(remaining):
+            async with limit:
                 yield
         except MeshError as error:
             await _abort(call, error)
-        except TimeoutError:
-            await _abort(call, DeadlineExceeded(service, f"{call.method} did not end within its deadline"))
-        except (asyncio.CancelledError, grpc.aio.AbortError):
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # by gRPC: the caller went, or the server closes
+            await _abort(call, Unavailable(service, f"{call.method} was given up"))
+        except grpc.aio.AbortError:
+            raise  # the servicer's own
+        except grpc.aio.InternalError:
+            call.code = grpc.StatusCode.CANCELLED  # a message could not be sent, since nobody is there any more
             raise
-        except Exception:
-            error_id = secrets.token_hex(8)
-            log.exception("%s/%s failed, error id %s, trace %s", call.service, call.method, error_id,
-                          call.context_call.trace.trace_id)  # fmt: skip
-            await _abort(call, InternalError(error_id))
+        except Exception as error:
+            await _abort(call, _named(service, call, error, expired=limit.expired()))
 
     return layer
+
+
+def _named(service: str, call: Call, error: Exception, *, expired: bool) -> MeshError:
+    """What the client is told of an exception that is none of ours."""
+    if expired and isinstance(error, TimeoutError):
+        return DeadlineExceeded(service, f"{call.method} did not end within its deadline")
+    if isinstance(error, NotImplementedError) and call.final_code() is grpc.StatusCode.UNIMPLEMENTED:
+        return Unimplemented(f"{service} does not implement {call.method}")  # the generated base class says so
+    error_id, trace_id = secrets.token_hex(8), call.context_call.trace.trace_id
+    message = "%s/%s failed, error id %s, trace %s"
+    log.error(message, call.service, call.method, error_id, trace_id, exc_info=error)
+    return InternalError(error_id)
 
 
 async def _abort(call: Call, error: MeshError) -> None:
@@ -138,29 +184,35 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         _, service, method = details.method.split("/")
         metadata = dict(details.invocation_metadata or ())
 
-        def begin(context: Any) -> Call:
-            return Call(_KINDS[streams], service, method, metadata, context, CallContext())
+        def begin(context: Any) -> "_Wire":
+            call = Call(_KINDS[streams], service, method, metadata, context, CallContext())
+            return _Wire(handler, call, self._metrics)
 
         return self._wrap(handler, streams, begin)
 
-    def _wrap(self, handler: Any, streams: tuple[bool, bool], begin: Callable[[Any], Call]) -> Any:
-        inputs = self._count_inputs if streams[0] else self._count_input
+    def _wrap(self, handler: Any, streams: tuple[bool, bool], begin: Callable[[Any], "_Wire"]) -> Any:
+        behaviour = getattr(handler, "_".join("stream" if streaming else "unary" for streaming in streams))
 
-        async def to_unary(request: Any, context: Any) -> Any:
-            call = begin(context)
-            async with self._around(call):
-                behaviour = handler.stream_unary if streams[0] else handler.unary_unary
-                response = await behaviour(inputs(request, call), context)
-                self._count(self._metrics.grpc_sent, call)
-                return response
+        async def to_unary(request: Any, context: Any) -> bytes:
+            wire = begin(context)
+            async with _stacked(self._layers, wire.call):
+                response = await behaviour(wire.input(request), wire)
+                if wire.call.final_code() is not grpc.StatusCode.OK:
+                    return b""  # the servicer set a code; gRPC sends no message with it
+                return wire.encode(response)
+            raise AssertionError("a layer swallowed an error")
 
-        async def to_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            call = begin(context)
-            async with self._around(call):
-                behaviour = handler.stream_stream if streams[0] else handler.unary_stream
-                async for response in _responses(behaviour, inputs(request, call), context):
-                    self._count(self._metrics.grpc_sent, call)
-                    yield response
+        async def to_stream(request: Any, context: Any) -> None:
+            # Not a generator: so the servicer's one is closed at once, in this task, when the caller goes.
+            wire = begin(context)
+            async with _stacked(self._layers, wire.call):
+                produced = behaviour(wire.input(request), wire)
+                if not hasattr(produced, "__aiter__"):
+                    await produced  # a coroutine that calls context.write
+                    return
+                async with aclosing(produced):
+                    async for response in produced:
+                        await wire.write(response)
 
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -168,23 +220,52 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[streams]
-        behaviour = to_stream if streams[1] else to_unary
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+        return make(to_stream if streams[1] else to_unary)
 
-    def _around(self, call: Call) -> AbstractAsyncContextManager[None]:
-        return _stacked(self._layers, call)
 
-    def _count(self, counter: Any, call: Call) -> None:
-        counter.labels(call.kind, call.service, call.method).inc()
+class _Wire:
+    """The context that a servicer sees: gRPC's own, with messages parsed, serialised and counted on their way."""
 
-    def _count_input(self, request: Any, call: Call) -> Any:
-        self._count(self._metrics.grpc_received, call)
-        return request
+    def __init__(self, handler: Any, call: Call, metrics: Metrics) -> None:
+        self.call = call
+        self._parse = handler.request_deserializer
+        self._serialise = handler.response_serializer
+        self._streams_in = handler.request_streaming
+        labels = (call.kind, call.service, call.method)
+        self._received = metrics.grpc_received.labels(*labels)
+        self._sent = metrics.grpc_sent.labels(*labels)
 
-    async def _count_inputs(self, requests: Any, call: Call) -> AsyncIterator[Any]:
-        async for request in requests:
-            self._count(self._metrics.grpc_received, call)
-            yield request
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.call.context, name)
+
+    def input(self, request: Any) -> Any:
+        """The request, or an iterator of requests."""
+        return self._requests(request) if self._streams_in else self.decode(request)
+
+    def decode(self, data: bytes) -> Any:
+        self._received.inc()
+        if self._parse is None:
+            return data
+        try:
+            return self._parse(data)
+        except DecodeError as error:
+            raise InvalidArgument("request", f"{len(data)} bytes", "a message of the method's request type") from error
+
+    def encode(self, message: Any) -> bytes:
+        data: bytes = message if self._serialise is None else self._serialise(message)
+        self._sent.inc()
+        return data
+
+    async def read(self) -> Any:
+        data = await self.call.context.read()
+        return data if data is grpc.aio.EOF else self.decode(data)
+
+    async def write(self, message: Any) -> None:
+        await self.call.context.write(self.encode(message))
+
+    async def _requests(self, data: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for one in data:
+            yield self.decode(one)
 
 
 @asynccontextmanager
@@ -193,16 +274,3 @@ async def _stacked(layers: Sequence[Layer], call: Call) -> AsyncIterator[None]:
         for layer in layers:
             await stack.enter_async_context(layer(call))
         yield
-
-
-async def _responses(behaviour: Any, request: Any, context: Any) -> AsyncIterator[Any]:
-    """The responses of either style of streaming method: an async generator, or a coroutine that calls write."""
-    produced = behaviour(request, context)
-    if not hasattr(produced, "__aiter__"):
-        await produced
-        return
-    try:
-        async for response in produced:
-            yield response
-    finally:
-        await produced.aclose()

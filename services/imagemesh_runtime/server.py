@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.config import ServerConfig
+from imagemesh_runtime.health import HealthServicer
 from imagemesh_runtime.http import HttpServer, admin_routes, metrics_routes
 from imagemesh_runtime.interceptors import LayeredInterceptor, context_layer, errors_layer, metrics_layer
 from imagemesh_runtime.metrics import Metrics
@@ -35,8 +36,9 @@ class MeshServer:
         self.address = ""
         self._config = config
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         self._ready = False
+        self._draining = False
         layers = (
             metrics_layer(metrics),
             context_layer(config.request_timeout_seconds),
@@ -64,9 +66,8 @@ class MeshServer:
         port = self._server.add_insecure_port(self._config.listen)
         host = self._config.listen.rpartition(":")[0]
         self.address = self._config.listen if self._config.listen.startswith("unix:") else f"{host}:{port}"
-        for name in ("", READINESS, *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(("", READINESS, *self._names), serving=False)
+        self._health.set((LIVENESS,), serving=True)
         await self._server.start()
         self.metrics_http.start()
         self.admin_http.start()
@@ -74,23 +75,22 @@ class MeshServer:
                  self.name, self.address, self.metrics_http.address, self.admin_http.address)  # fmt: skip
 
     async def set_ready(self, ready: bool = True) -> None:
-        """Say through health and ``/readyz`` whether new work is welcome."""
-        self._ready = ready
-        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", READINESS, *self._names):
-            await self._health.set(name, serving if ready else not_serving)
+        """Say through health and ``/readyz`` whether new work is welcome; once drained, it never is again."""
+        self._ready = ready and not self._draining
+        self._health.set(("", READINESS, *self._names), serving=self._ready)
 
     async def drain(self) -> None:
         """Turn new callers away while calls under way go on."""
         log.info("%s drains", self.name)
+        self._draining = True
         await self.set_ready(False)
 
     async def stop(self) -> None:
         """Drain, let calls under way end within the grace period, then close."""
         await self.drain()
+        self._health.close()
         await self._server.stop(self._config.drain_grace_seconds)
-        self.metrics_http.stop()
-        self.admin_http.stop()
+        await asyncio.gather(asyncio.to_thread(self.metrics_http.stop), asyncio.to_thread(self.admin_http.stop))
 
     def _drain_from_thread(self) -> None:
         if self._loop is None:
@@ -112,10 +112,15 @@ def _add_reflection(names: list[str], server: Any) -> None:
     )
 
 
-async def wait_for_signal() -> None:
-    """Return when the process is asked to stop (SIGTERM, SIGINT)."""
+def stop_signal() -> asyncio.Event:
+    """An event that is set when the process is asked to stop (SIGTERM, SIGINT)."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    await stop.wait()
+    return stop
+
+
+async def wait_for_signal() -> None:
+    """Return when the process is asked to stop."""
+    await stop_signal().wait()
