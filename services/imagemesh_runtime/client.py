@@ -1,13 +1,15 @@
 """Channels to other services: limits, trace, deadline and errors, the same for every call."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from imagemesh_runtime.channels import channel_options
@@ -19,6 +21,8 @@ Response = TypeVar("Response", bound=Message)
 # What of the remaining time is kept for telling the caller which service was late.
 _MARGIN = 0.1
 _MARGIN_MIN, _MARGIN_MAX = 0.02, 1.0
+# How long a peer may take to end a conversation that has been said good-bye to.
+_PARTING_SECONDS = 1.0
 
 
 @dataclass
@@ -64,33 +68,51 @@ class Peer:
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += request.ByteSize()
         timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
-        call = method(request, timeout=timeout, metadata=self.metadata())
-        try:
+        with self.failures():
+            call = method(request, timeout=timeout, metadata=self.metadata())
             response = await call
             await hop.end(call)
-        except grpc.aio.AioRpcError as error:
-            raise translate(self.name, self.address, error) from error
         hop.bytes_received += response.ByteSize()
         return response
 
-    async def stream(self, method: Any, request: Message, hop: Hop | None = None) -> AsyncIterator[Any]:
-        """Call a server-streaming method. Leaving the iterator cancels the call; errors as ``unary``."""
+    async def stream(self, method: Any, request: Message, hop: Hop | None = None) -> AsyncGenerator[Any, None]:
+        """Call a server-streaming method; errors as ``unary``.
+
+        Closing the generator cancels the call: hold it in ``contextlib.aclosing``, or that is left to the collector.
+        """
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += request.ByteSize()
-        call = method(request, timeout=self.timeout(), metadata=self.metadata())
+        with self.failures():
+            call = method(request, timeout=self.timeout(), metadata=self.metadata())
         try:
-            async for response in call:
-                hop.bytes_received += response.ByteSize()
-                yield response
-            await hop.end(call)
-        except grpc.aio.AioRpcError as error:
-            raise translate(self.name, self.address, error) from error
+            with self.failures():
+                async for response in call:
+                    hop.bytes_received += response.ByteSize()
+                    yield response
+                await hop.end(call)
         finally:
             call.cancel()
 
     def session(self, method: Any) -> "Session[Any]":
         """Open a bidirectional call whose every message is answered by one."""
-        return Session(self, method(timeout=self.timeout(), metadata=self.metadata()))
+        with self.failures():
+            return Session(self, method(timeout=self.timeout(), metadata=self.metadata()))
+        raise AssertionError("failures() swallows nothing")
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Around the use of a call: turn what gRPC raises into an error that names this peer."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise translate(self.name, self.address, error) from error
+        except grpc.aio.UsageError as error:
+            raise Unavailable(self.name, "the channel to it is closed") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Unavailable(self.name, "the channel to it was closed") from error
 
     def timeout(self) -> float:
         """Seconds to give a call: what is left to the current one, less a margin to report in."""
@@ -110,7 +132,10 @@ class Peer:
 
 
 class Session(Generic[Response]):
-    """A bidirectional call used as a conversation: say one thing, hear one answer. Leaving it cancels the call."""
+    """A bidirectional call used as a conversation: say one thing, hear one answer.
+
+    Leaving it says good-bye and lets the peer end the call; leaving it with an exception cancels the call.
+    """
 
     def __init__(self, peer: Peer, call: Any) -> None:
         self._peer = peer
@@ -122,41 +147,58 @@ class Session(Generic[Response]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._call.cancel()
+        try:
+            if kind is None and not self._call.done():
+                async with asyncio.timeout(_PARTING_SECONDS):
+                    await self._call.done_writing()
+                    await self._call.code()
+        except TimeoutError:
+            pass  # a peer that goes on talking
+        finally:
+            self._call.cancel()
 
     async def send(self, message: Message) -> None:
-        """Say something that isn't answered."""
+        """Say something that isn't answered.
+
+        Raises:
+            MeshError: the call has ended, as the peer's status has it.
+        """
         try:
-            await self._call.write(message)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            raise await self._failure(error) from error
+            with self._peer.failures():
+                await self._call.write(message)
+        except asyncio.InvalidStateError as error:
+            raise await self._ended() from error
 
     async def ask(self, message: Message) -> Response:
-        """Say something and wait for the answer."""
+        """Say something and wait for the answer; errors as ``send``."""
         await self.send(message)
-        try:
+        with self._peer.failures():
             answer: Response = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise translate(self._peer.name, self._peer.address, error) from error
         if answer is grpc.aio.EOF:
-            raise await self._failure(None)
+            raise await self._ended()
         return answer
 
-    async def _failure(self, error: BaseException | None) -> MeshError:
-        """Why the call ended, as the peer's status has it."""
-        if isinstance(error, grpc.aio.AioRpcError):
-            return translate(self._peer.name, self._peer.address, error)
-        code = await self._call.code()
-        status = status_pb2.Status(code=code.value[0], message=await self._call.details() or "the session ended")
-        return from_status(self._peer.name, self._peer.address, status)
+    async def _ended(self) -> MeshError:
+        """Why there is no more to say or to hear."""
+        code, details = await self._call.code(), await self._call.details()
+        if code is grpc.StatusCode.OK:
+            return Unavailable(self._peer.name, "it ended the session")
+        trailing = await self._call.trailing_metadata()
+        return translate(self._peer.name, self._peer.address, grpc.aio.AioRpcError(code, (), trailing, details))
 
 
 def translate(service: str, address: str, error: grpc.aio.AioRpcError) -> MeshError:
     """A peer's failure as an error of ours; one that carries a rich status is handed on unchanged."""
+    code = error.code().value[0]
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
-            return RemoteError(status_pb2.Status.FromString(value))
-    return from_status(service, address, status_pb2.Status(code=error.code().value[0], message=error.details() or ""))
+            try:
+                status = status_pb2.Status.FromString(value)
+            except DecodeError:
+                continue
+            if status.code == code:
+                return RemoteError(status)
+    return from_status(service, address, status_pb2.Status(code=code, message=error.details() or ""))
 
 
 def from_status(service: str, address: str, status: status_pb2.Status) -> MeshError:
