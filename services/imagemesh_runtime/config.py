@@ -5,6 +5,7 @@ the variable ``IMAGEMESH_MAX_BATCH``, the TOML file's ``[vae]`` table, the file'
 """
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def load(
     """Read a service's configuration.
 
     Raises:
-        InvalidArgument: a value has the wrong type, or the file has a key that no field has.
+        InvalidArgument: a value has the wrong type, the file is no TOML, or the service's table has an unknown key.
     """
     table, shared = _tables(cls, file)
     hints = get_type_hints(cls)
@@ -79,8 +80,13 @@ def load(
 def _tables(cls: type[ServerConfig], file: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     if file is None:
         return {}, {}
-    content = tomllib.loads(file.read_text())
+    try:
+        content = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(str(file), str(error), "a TOML file that can be read") from error
     table = content.get(cls.SERVICE, {})
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"{file.name}: {cls.SERVICE}", table, "a table")
     fields = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(table) - fields)
     if unknown:
@@ -95,6 +101,12 @@ def _convert(name: str, value: object, kind: type) -> object:
             raise InvalidArgument(name, value, "true or false")
         return words[str(value).lower()]
     try:
-        return kind(value)  # type: ignore[call-arg]
+        # The environment has only strings; a file has types, and the wrong one there is a mistake.
+        if not isinstance(value, str if kind is str else (str, int, kind)) or isinstance(value, bool):
+            raise TypeError(f"got {type(value).__name__}")
+        converted = kind(value)
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ValueError("not finite")
     except (TypeError, ValueError) as error:
         raise InvalidArgument(name, value, f"of type {kind.__name__}") from error
+    return converted

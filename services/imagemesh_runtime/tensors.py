@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from imagemesh.v1 import tensor_pb2
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import InvalidArgument, shorten
 
 Array = npt.NDArray[Any]
 
 MAX_RANK: Final = 8
-_DTYPES: Final[Mapping[tensor_pb2.Dtype, np.dtype[Any]]] = {
+_MAX_BYTES: Final = 1 << 62  # numpy refuses more, also where another extent is 0
+_DTYPES: Final[Mapping["tensor_pb2.Dtype.ValueType", np.dtype[Any]]] = {
     tensor_pb2.DTYPE_FP32: np.dtype("<f4"),
     tensor_pb2.DTYPE_FP16: np.dtype("<f2"),
     tensor_pb2.DTYPE_BF16: np.dtype(ml_dtypes.bfloat16),
@@ -66,10 +67,13 @@ def from_proto(
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise InvalidArgument(f"{field}.dtype", tensor.dtype, f"one of {sorted(tensor_pb2.Dtype.values())[1:]}")
+        allowed = ", ".join(tensor_pb2.Dtype.Name(enum) for enum in _DTYPES)
+        raise InvalidArgument(f"{field}.dtype", tensor.dtype, f"one of {allowed}")
     if dtypes is not None and dtype.name not in dtypes:
         raise InvalidArgument(f"{field}.dtype", dtype.name, f"one of {', '.join(sorted(dtypes))}")
     extents = _checked_shape(tensor, field, shape)
+    if math.prod(extent or 1 for extent in extents) * dtype.itemsize > _MAX_BYTES:
+        raise InvalidArgument(f"{field}.shape", list(extents), "of a size that fits in memory")
     payload = tensor.WhichOneof("payload")
     if payload == "shared_memory":
         raise InvalidArgument(field, payload, "carried as data: this connection has negotiated no shared memory")
@@ -78,6 +82,8 @@ def from_proto(
     if len(data) != expected:
         allowed = f"{expected} bytes for shape {list(extents)} of {dtype.name}"
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes", allowed)
+    if dtype == np.bool_ and data.strip(b"\0\1"):
+        raise InvalidArgument(f"{field}.data", data, "bytes of 0 and 1 for bool")
     return np.frombuffer(data, dtype=dtype).reshape(extents)
 
 
@@ -116,4 +122,4 @@ def map_to_proto(arrays: Mapping[str, Array]) -> dict[str, tensor_pb2.Tensor]:
 
 def map_from_proto(tensors: Mapping[str, tensor_pb2.Tensor], field: str) -> dict[str, Array]:
     """Decode a ``map<string, Tensor>`` field; errors name the entry."""
-    return {name: from_proto(tensor, f"{field}[{name!r}]") for name, tensor in tensors.items()}
+    return {name: from_proto(tensor, f"{field}[{shorten(name)}]") for name, tensor in tensors.items()}
