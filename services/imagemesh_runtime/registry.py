@@ -34,7 +34,8 @@ class ModelFolder:
 
     def has(self, *components: str) -> bool:
         """Whether this is a pipeline that has all of ``components``."""
-        return all(self.config.get(name, [None])[0] is not None for name in components)
+        entries = [self.config.get(name) for name in components]
+        return all(isinstance(entry, list) and entry and entry[0] is not None for entry in entries)
 
     def read(self, *parts: str) -> dict[str, Any]:
         """A JSON file of the folder, such as ``read("vae", "config.json")``."""
@@ -65,20 +66,31 @@ class Repository:
         """All models by name, read anew from disk."""
         found: dict[str, ModelFolder] = {}
         for root in self._roots:
+            seen: set[str] = set()  # in this root, broken ones too: their parts are no models either
             for marker in _MARKERS:
-                for file in sorted([*root.glob(f"*/{marker}"), *root.glob(f"*/*/{marker}")]):
-                    self._add(found, root, file)
+                for file in (*sorted(root.glob(f"*/{marker}")), *sorted(root.glob(f"*/*/{marker}"))):
+                    name = file.parent.relative_to(root).as_posix()
+                    if name in seen or name.rpartition("/")[0] in seen or _hidden(name):
+                        continue
+                    seen.add(name)
+                    if name not in found and (config := _read_config(name, file)) is not None:
+                        found[name] = ModelFolder(name, file.parent, config)
         return found
 
-    def _add(self, found: dict[str, ModelFolder], root: Path, file: Path) -> None:
-        name = file.parent.relative_to(root).as_posix()
-        inside_a_model = name.rpartition("/")[0] in found
-        if name in found or inside_a_model:
-            return
-        try:
-            found[name] = ModelFolder(name, file.parent, json.loads(file.read_text()))
-        except (OSError, ValueError) as error:
-            log.warning("model folder %s is left out: %s: %s", name, file.name, error)
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _read_config(name: str, file: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("model folder %s is left out: %s: %s", name, file.name, error)
+        return None
+    return config
 
 
 @dataclass(frozen=True)
@@ -115,26 +127,33 @@ class LoadedModels(Generic[Model]):
         self.lane = lane
         self._metrics = metrics
         self._loaded: dict[str, Model] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
 
     def is_loaded(self, name: str) -> bool:
         """Whether the model is in memory."""
         return name in self._loaded
 
     async def get(self, name: str) -> Model:
-        """The model, loaded.
+        """The model, loaded. Whoever asks meanwhile waits for the same load, which outlives callers that leave.
 
         Raises:
             NotFound: the backend has no such model; the error lists what there is.
         """
         if name not in self._loaded:
-            cards = self.backend.cards()
-            if name not in cards:
-                raise NotFound("model", name, cards)
-            async with self._loading.setdefault(name, asyncio.Lock()):
-                if name not in self._loaded:
-                    await self._load(name)
+            task = self._loading.get(name)
+            if task is None:
+                cards = self.backend.cards()
+                if name not in cards:
+                    raise NotFound("model", name, cards)
+                task = self._loading[name] = asyncio.create_task(self._load(name))
+                task.add_done_callback(lambda done: self._settle(name, done))
+            await asyncio.shield(task)
         return self._loaded[name]
+
+    def _settle(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._loading[name]  # so that a load that failed can be tried again
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s: %s was not loaded: %r", self._metrics.service, name, error)
 
     async def _load(self, name: str) -> None:
         with self._metrics.model_load.time(name):
@@ -154,7 +173,10 @@ class BackendEntry:
     @property
     def installed(self) -> bool:
         """Whether the library is here; nothing is imported to find out."""
-        return self.library is None or importlib.util.find_spec(self.library) is not None
+        try:
+            return self.library is None or importlib.util.find_spec(self.library) is not None
+        except ModuleNotFoundError:  # the package that a dotted name begins with
+            return False
 
 
 def choose_backend(table: Mapping[str, BackendEntry], choice: str) -> Any:
