@@ -3,17 +3,23 @@
 They are two ports because whoever may scrape must not be able to drain.
 """
 
+import logging
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+
+log = logging.getLogger(__name__)
 
 # (method, path) -> handler(accept header) -> (status, content type, body)
 Answer = tuple[int, str, bytes]
 Routes = Mapping[tuple[str, str], Callable[[str], Answer]]
 _TEXT = "text/plain; charset=utf-8"
+_POLL_SECONDS = 0.05  # how soon a stop is noticed
 
 
 def metrics_routes(registry: CollectorRegistry, ready: Callable[[], bool]) -> Routes:
@@ -43,20 +49,32 @@ def admin_routes(drain: Callable[[], None]) -> Routes:
     return {("POST", "/drain"): handle, ("GET", "/drain"): handle}
 
 
+class _Server(socketserver.ThreadingTCPServer):
+    # Not http.server's own class, which looks its host's name up when it binds: seconds, where DNS is slow.
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 class HttpServer:
     """Serves fixed routes from daemon threads."""
 
     def __init__(self, listen: str, routes: Routes) -> None:
         host, _, port = listen.rpartition(":")
-        self._server = ThreadingHTTPServer((host, int(port)), _handler(routes))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name=f"http-{listen}", daemon=True)
+        server = _Server6 if ":" in host else _Server
+        self._server = server((host.strip("[]"), int(port)), _handler(routes))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name=f"http-{listen}", daemon=True
+        )
 
     @property
     def address(self) -> str:
         """``host:port`` as bound."""
         host, port = self._server.server_address[:2]
-        return f"{host!s}:{port}"
+        return f"[{host!s}]:{port}" if isinstance(self._server, _Server6) else f"{host!s}:{port}"
 
     def start(self) -> None:
         """Answer requests from now on."""
@@ -74,17 +92,22 @@ def _handler(routes: Routes) -> type[BaseHTTPRequestHandler]:
         timeout = 10  # seconds that a slow client may hold a thread
 
         def _answer(self) -> None:
-            route = routes.get((self.command, self.path.partition("?")[0]))
-            status, kind, body = (
-                (404, _TEXT, b"not found\n") if route is None else route(self.headers.get("Accept", ""))
-            )
+            try:
+                status, kind, body = self._route()
+            except Exception:
+                log.exception("%s %s failed", self.command, self.path)
+                status, kind, body = 500, _TEXT, b"failed; the log has the details\n"
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_POST = _answer
+        def _route(self) -> Answer:
+            route = routes.get((self.command, self.path.partition("?")[0]))
+            return (404, _TEXT, b"not found\n") if route is None else route(self.headers.get("Accept", ""))
+
+        do_GET = do_POST = _answer  # noqa: N815 - the names that the base class looks for
 
         def log_message(self, format: str, *args: object) -> None:
             """Scrapes are not worth a log line."""

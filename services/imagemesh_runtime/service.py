@@ -12,7 +12,7 @@ from imagemesh_runtime.config import ModelServerConfig, load
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
-from imagemesh_runtime.server import MeshServer, wait_for_signal
+from imagemesh_runtime.server import MeshServer, stop_signal
 
 Config = TypeVar("Config", bound=ModelServerConfig)
 Model = TypeVar("Model")
@@ -45,9 +45,10 @@ class ModelServer(MeshServer, Generic[Model]):
 
     async def stop(self) -> None:
         """Stop the server, then what it used."""
-        await super().stop()
-        for close in self._closers:
-            await close()
+        try:
+            await super().stop()
+        finally:
+            await asyncio.gather(*(close() for close in self._closers))
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
@@ -94,7 +95,15 @@ def main(cls: type[Config], create: Callable[[Config, Lane], MeshServer], file: 
 
 async def serve(create: Callable[[], MeshServer]) -> None:
     """Create the server (its channels belong to the running event loop), run it until SIGTERM or SIGINT, stop it."""
+    stop = asyncio.create_task(stop_signal().wait())  # from the first moment: loading models takes its time
     server = create()
-    await server.start()
-    await wait_for_signal()
-    await server.stop()
+    start = asyncio.create_task(server.start())
+    try:
+        await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            await start
+            await stop
+    finally:
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await server.stop()
