@@ -1,0 +1,137 @@
+"""Which pictures share a forward, and what happens beside the lane."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from imagemesh.v1 import image_pb2
+from imagemesh.v1 import vit_service_pb2 as pb
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.tensors import to_proto
+from imagemesh_services.vit.backends.fake import FakeVit, FakeVitModel
+from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.servicer import VitServicer
+
+
+class Spy(FakeVitModel):
+    """Notes the rows of each forward and the threads of preprocessing; its first forward waits for ``release``."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[str, int]] = []
+        self.threads: set[str] = set()
+        self.release = threading.Event()
+        self.begun = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def preprocess(self, image):
+        self.threads.add(threading.current_thread().name)
+        return super().preprocess(image)
+
+    def classify(self, pixels):
+        self.forwards.append(("classify", len(pixels)))
+        self._loop.call_soon_threadsafe(self.begun.set)
+        self.release.wait()
+        return super().classify(pixels)
+
+    def embed(self, pixels, pooling, hidden_states):
+        self.forwards.append((f"{pooling.value} {hidden_states}", len(pixels)))
+        return super().embed(pixels, pooling, hidden_states)
+
+
+@dataclass
+class Room:
+    servicer: VitServicer
+    model: Spy
+    submitted: asyncio.Semaphore
+
+    async def together(self, *calls):
+        """The answers of calls that all arrive while the lane is busy with a first one."""
+        first = asyncio.create_task(self.servicer.ClassifyImages(_classify(0), None))
+        await self.model.begun.wait()
+        tasks = [asyncio.create_task(call) for call in calls]
+        for _ in (first, *tasks):
+            await self.submitted.acquire()
+        self.model.release.set()
+        answers = await asyncio.gather(*tasks)
+        await first
+        assert self.model.forwards.pop(0) == ("classify", 1)
+        return answers
+
+
+@pytest.fixture
+async def room() -> AsyncIterator[Room]:
+    config, metrics, lane = VitConfig(backend="fake", max_batch=4), Metrics("vit"), Lane("vit")
+    models: LoadedModels[FakeVitModel] = LoadedModels(FakeVit(config), lane, metrics)
+    model = Spy()
+    models.backend.load = lambda name: model  # type: ignore[method-assign]
+    await models.get("fake")
+    servicer = VitServicer(config, models, metrics)
+    submitted = asyncio.Semaphore(0)
+    submit = servicer.batcher.submit
+
+    async def noting_submit(*args):
+        submitted.release()
+        return await submit(*args)
+
+    servicer.batcher.submit = noting_submit  # type: ignore[method-assign]
+    yield Room(servicer, model, submitted)
+    await servicer.batcher.close()
+    lane.close()
+
+
+def _image(level: int, size: int = 4) -> image_pb2.Image:
+    return image_pb2.Image(pixels=to_proto(np.full((size, size, 3), level, np.uint8)))
+
+
+def _classify(*levels: int) -> pb.ClassifyImagesRequest:
+    return pb.ClassifyImagesRequest(model="fake", images=[_image(level, 4 + level) for level in levels])
+
+
+def _embed(*levels: int, **fields: int) -> pb.EmbedImagesRequest:
+    return pb.EmbedImagesRequest(model="fake", images=[_image(level) for level in levels], **fields)
+
+
+async def test_pictures_of_several_callers_and_sizes_share_a_forward(room):
+    answers = await room.together(*(room.servicer.ClassifyImages(_classify(level), None) for level in (51, 102, 204)))
+    assert room.model.forwards == [("classify", 3)]
+    logits = [answer.classifications[0].predictions[0].logit for answer in answers]
+    np.testing.assert_allclose(logits, [0.2, 0.4, 0.8], atol=1e-6)
+
+
+async def test_a_forward_has_no_more_rows_than_max_batch(room):
+    requests = [_classify(1, 2), _classify(3, 4), _classify(5)]
+    answers = await room.together(*(room.servicer.ClassifyImages(request, None) for request in requests))
+    assert room.model.forwards == [("classify", 4), ("classify", 1)]
+    assert [len(answer.classifications) for answer in answers] == [2, 2, 1]
+
+
+async def test_verbs_poolings_and_hidden_states_do_not_mix(room):
+    embed = room.servicer.EmbedImages
+    await room.together(
+        room.servicer.ClassifyImages(_classify(1), None),
+        embed(_embed(1), None),
+        embed(_embed(1, pooling=pb.POOLING_CLS), None),
+        embed(_embed(1, pooling=pb.POOLING_MEAN), None),
+        embed(_embed(1, hidden_states=1), None),
+    )
+    assert sorted(room.model.forwards) == [("classify", 1), ("cls False", 2), ("cls True", 1), ("mean False", 1)]
+
+
+async def test_each_caller_gets_the_hidden_states_of_its_own_pictures(room):
+    requests = [_embed(51, hidden_states=1), _embed(102, 204, hidden_states=1)]
+    one, two = await room.together(*(room.servicer.EmbedImages(request, None) for request in requests))
+    assert room.model.forwards == [("cls True", 3)]
+    assert list(one.hidden_states.shape) == [2, 1, 2, 3]
+    assert list(two.hidden_states.shape) == [2, 2, 2, 3]
+
+
+async def test_preprocessing_does_not_wait_for_the_lane(room):
+    await room.together(room.servicer.ClassifyImages(_classify(1), None))
+    assert room.model.threads
+    assert not any(name.startswith("lane-") for name in room.model.threads)
