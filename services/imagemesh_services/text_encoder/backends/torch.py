@@ -54,7 +54,8 @@ class TorchTextModel:
         if not getattr(self._model.config, "use_attention_mask", False):
             return None
         ends = (ids == self._tokenizer.eos_token_id).int().argmax(dim=1, keepdim=True)
-        return (torch.arange(ids.shape[1], device=ids.device) <= ends).long()
+        mask: torch.Tensor = torch.arange(ids.shape[1], device=ids.device) <= ends
+        return mask.long()
 
 
 class TorchTextEncoder:
