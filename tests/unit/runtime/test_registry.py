@@ -1,0 +1,211 @@
+"""Model folders, loading, and the choice of a backend."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import BackendEntry, LoadedModels, ModelCard, ModelFolder, Repository, choose_backend
+
+
+def put(root: Path, name: str, marker: str = "config.json", content: str = "{}") -> None:
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / marker).write_text(content)
+
+
+def names(*roots: Path) -> list[str]:
+    return sorted(Repository(roots).folders())
+
+
+def test_models_lie_in_the_root_or_in_a_folder_of_their_maker(tmp_path: Path) -> None:
+    put(tmp_path, "vit")
+    put(tmp_path, "google/vit-base")
+    put(tmp_path, "a/b/c")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    assert names(tmp_path) == ["google/vit-base", "vit"]
+
+
+def test_the_parts_of_a_model_are_no_models(tmp_path: Path) -> None:
+    put(tmp_path, "sd", "model_index.json")
+    put(tmp_path, "sd/vae")
+    put(tmp_path, "vit")
+    put(tmp_path, "vit/1_Pooling")  # sorts before config.json
+    assert names(tmp_path) == ["sd", "vit"]
+
+
+def test_hidden_folders_are_no_models(tmp_path: Path) -> None:
+    for name in (".cache", ".git/x", "org/.trash"):
+        put(tmp_path, name)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '"text"', "\udcff", "[" * 100_000])
+def test_a_broken_model_is_left_out_with_its_parts(tmp_path: Path, content: str) -> None:
+    put(tmp_path, "sd", "model_index.json")
+    (tmp_path / "sd" / "model_index.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    put(tmp_path, "sd/vae")
+    put(tmp_path, "good")
+    assert names(tmp_path) == ["good"]
+
+
+def test_the_first_root_wins(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    put(one, "m", content='{"from": 1}')
+    put(two, "m", content='{"from": 2}')
+    put(two, "n", content='{"from": 2}')
+    folders = Repository.parse(f"{one}{os.pathsep}{two}").folders()
+    assert {name: folder.config["from"] for name, folder in folders.items()} == {"m": 1, "n": 2}
+
+
+def test_a_model_that_is_broken_in_the_first_root_comes_from_the_second(tmp_path: Path) -> None:
+    put(tmp_path / "one", "m", content="{")
+    put(tmp_path / "two", "m", content='{"from": 2}')
+    assert Repository([tmp_path / "one", tmp_path / "two"]).folders()["m"].config == {"from": 2}
+
+
+def test_new_folders_are_seen(tmp_path: Path) -> None:
+    repository = Repository([tmp_path])
+    assert repository.folders() == {}
+    put(tmp_path, "m")
+    assert list(repository.folders()) == ["m"]
+
+
+def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="absent"):
+        Repository.parse(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("value", "has"), [(["diffusers", "AutoencoderKL"], True), ([None, None], False), ([], False), (5, False)]
+)
+def test_has_tells_a_pipelines_components(tmp_path: Path, value: object, has: bool) -> None:
+    folder = ModelFolder("m", tmp_path, json.loads(json.dumps({"vae": value})))
+    assert folder.has("vae") is has
+    assert not folder.has("unet")
+
+
+class Backend:
+    """Models "a" and "b" are numbered by their loads; the load waits for ``go`` and fails while told to."""
+
+    name, device, dtype = "numbers", "cpu", "float32"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.fail = False
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        return {"a": ModelCard("a"), "b": ModelCard("b")}
+
+    def load(self, name: str) -> int:
+        self.asked.append(name)
+        self.begun.set()
+        self.go.wait(10)
+        if self.fail:
+            raise OSError("the disk is gone")
+        return len(self.asked)
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def models(backend: Backend):
+    lane = Lane("registry")
+    yield LoadedModels(backend, lane, Metrics("test"))
+    backend.go.set()
+    lane.close()
+
+
+async def test_concurrent_callers_share_one_load(backend: Backend, models: LoadedModels[int]) -> None:
+    tasks = [asyncio.create_task(models.get("a")) for _ in range(5)]
+    assert await asyncio.to_thread(backend.begun.wait, 10)
+    assert not models.is_loaded("a")
+    backend.go.set()
+    assert await asyncio.gather(*tasks) == [1] * 5
+    assert backend.asked == ["a"]
+    assert models.is_loaded("a")
+    assert not models.is_loaded("b")
+
+
+async def test_a_load_outlives_the_caller_that_began_it(backend: Backend, models: LoadedModels[int]) -> None:
+    first, second = (asyncio.create_task(models.get("a")) for _ in range(2))
+    assert await asyncio.to_thread(backend.begun.wait, 10)
+    first.cancel()
+    backend.go.set()
+    assert await second == 1
+    assert backend.asked == ["a"]
+
+
+async def test_a_failed_load_fails_all_who_wait_and_can_be_retried(backend: Backend, models: LoadedModels[int]) -> None:
+    backend.go.set()
+    backend.fail = True
+    results = await asyncio.gather(models.get("a"), models.get("a"), return_exceptions=True)
+    assert [str(result) for result in results] == ["the disk is gone"] * 2
+    backend.fail = False
+    assert await models.get("a") == 2
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../a", "/etc/passwd", "", ".", "A", "a\0", "%2e%2e/a"])
+async def test_a_name_that_is_not_listed_touches_nothing(
+    backend: Backend, models: LoadedModels[int], name: str
+) -> None:
+    with pytest.raises(NotFound, match="available: a, b"):
+        await models.get(name)
+    assert backend.asked == []
+
+
+def test_traversal_names_are_never_listed(tmp_path: Path) -> None:
+    put(tmp_path, "outside")
+    put(tmp_path / "root", "inside")
+    folders = Repository([tmp_path / "root"]).folders()
+    assert "../outside" not in folders
+    assert list(folders) == ["inside"]
+
+
+def test_an_error_that_lists_many_models_stays_short() -> None:
+    error = NotFound("model", "x" * 1000, [f"organisation/model-{i:04}" for i in range(5000)])
+    assert len(str(error)) < 2000
+    assert "organisation/model-0000, organisation/model-0001" in str(error)
+    listed = str(error).count("organisation/")
+    assert str(error).endswith(f" and {5000 - listed} more")
+
+
+TABLE = {
+    "absent": BackendEntry("nowhere:Nothing", library="a_library_that_is_not_there"),
+    "dotted": BackendEntry("nowhere:Nothing", library="a_library.that_is_not_there"),
+    "fake": BackendEntry("fractions:Fraction", explicit=True),
+    "here": BackendEntry("decimal:Decimal", library="decimal"),
+    "later": BackendEntry("nowhere:Nothing"),
+}
+
+
+def test_auto_picks_the_first_that_is_installed_and_not_explicit() -> None:
+    assert choose_backend(TABLE, "auto").__name__ == "Decimal"
+
+
+def test_an_explicit_backend_is_picked_by_name_only() -> None:
+    assert choose_backend(TABLE, "fake").__name__ == "Fraction"
+    with pytest.raises(FailedPrecondition, match="a_library_that_is_not_there"):
+        choose_backend({name: TABLE[name] for name in ("absent", "fake")}, "auto")
+
+
+@pytest.mark.parametrize("name", ["absent", "dotted"])
+def test_a_missing_library_is_named(name: str) -> None:
+    with pytest.raises(FailedPrecondition, match=r"needs the package a_library[._]that_is_not_there"):
+        choose_backend(TABLE, name)
+
+
+def test_an_unknown_backend_is_told_the_known_ones() -> None:
+    with pytest.raises(InvalidArgument, match="auto or one of absent, dotted, fake, here, later"):
+        choose_backend(TABLE, "nonsense")
