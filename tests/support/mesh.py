@@ -2,21 +2,27 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from imagemesh_cli.host import MeshHost
+from imagemesh_cli.rooms import SERVICES, configure
+from imagemesh_gateway.config import GatewayConfig
 
 FREE_PORTS = {"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0"}
 
 
 @contextmanager
-def running_mesh(gateway: dict[str, str] | None = None, **settings: str) -> Iterator[MeshHost]:
-    """A ready mesh of all services; ``settings`` are fields of every service's configuration."""
+def running_mesh(
+    gateway: dict[str, str] | None = None, without: Collection[str] = (), **settings: str
+) -> Iterator[MeshHost]:
+    """A ready mesh of all services but ``without``; ``settings`` are fields of every service's configuration."""
     shared = {"metrics_listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0"}
+    rooms = [room for name, room in SERVICES.items() if name not in without]
+    services = [configure(room.config(), {**shared, **settings}) for room in rooms]
+    host = MeshHost(services, configure(GatewayConfig, {**shared, **FREE_PORTS, **(gateway or {})}))
     with event_loop() as loop:
-        host = MeshHost.configured({**shared, **settings}, {**shared, **FREE_PORTS, **(gateway or {})})
         loop.run(host.__aenter__())
         try:
             yield host

@@ -42,16 +42,17 @@ class Process:
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 request = health_pb2.HealthCheckRequest(service="readiness")
-                yield from health.Watch(request, timeout=deadline - time.monotonic(), wait_for_ready=True)
+                # Looked at in turns, so that a process that dies is noticed.
+                yield from health.Watch(request, timeout=2, wait_for_ready=True)
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
 
 
 @contextmanager
 def start(name: str, address: str, env: Mapping[str, str]) -> Iterator[Process]:
     """Start one service; it is asked to stop at the end, and must."""
-    command = [sys.executable, "-m", "imagemesh_cli", "serve", name, "--listen", address]
+    command = [sys.executable, "-m", "imagemesh_cli.main", "serve", name, "--listen", address]
     process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env})
     try:
         yield Process(name, address, process)

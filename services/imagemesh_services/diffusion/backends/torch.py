@@ -54,6 +54,16 @@ class TorchRun:
         self._prompts = self._embeddings(inputs)
         self.evaluations = len(self._state.timesteps)
 
+    def check_timesteps(self) -> None:
+        """With ``steps_offset``, the largest step counts lead past what the model was trained on.
+
+        Raises:
+            InvalidArgument: they do.
+        """
+        trained = self._components.scheduler.config.num_train_timesteps
+        if float(self._state.timesteps.max()) >= trained:
+            raise InvalidArgument("steps", self._steps, f"fewer: the model was trained on timesteps below {trained}")
+
     def embeddings(self) -> Array:
         return to_numpy(torch.cat(list(self._prompts.values())))
 
@@ -165,10 +175,12 @@ class TorchDiffusionModel:
             _execution_device=self._unet.device,
         )
         try:
-            return TorchRun(components, inputs)
+            run = TorchRun(components, inputs)
         except (ValueError, IndexError, ZeroDivisionError) as error:
             name = type(components.scheduler).__name__
             raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
+        run.check_timesteps()
+        return run
 
     def _new_scheduler(self, choice: SchedulerChoice | None, seeds: Any) -> Any:
         if choice is None:
