@@ -1,0 +1,56 @@
+"""The Python SDK of imagemesh.
+
+    from imagemesh_client import Client
+
+    with Client("127.0.0.1:50050") as mesh:
+        mesh.generate("a red fox in the snow", seed=7).images[0].save("fox.png")
+
+``AsyncClient`` has the same methods to await. Every failure is a ``MeshError``: its ``code`` is gRPC's, its text says
+what is wrong with which field or service, and ``to_status().details`` holds the details of ``google.rpc.Status``.
+"""
+
+from imagemesh_client.aio import AsyncClient
+from imagemesh_client.images import ImageInput
+from imagemesh_client.requests import GenerateOptions
+from imagemesh_client.sync import Client
+from imagemesh_client.types import (
+    Classification,
+    Control,
+    Event,
+    GeneratedImage,
+    Generation,
+    Model,
+    Models,
+    Parameters,
+    Prediction,
+    Progress,
+    Queued,
+    Result,
+    Timing,
+)
+from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError, RemoteError, Unavailable
+
+__all__ = [
+    "AsyncClient",
+    "Classification",
+    "Client",
+    "Control",
+    "DeadlineExceeded",
+    "Event",
+    "GenerateOptions",
+    "GeneratedImage",
+    "Generation",
+    "ImageInput",
+    "InvalidArgument",
+    "MeshError",
+    "Model",
+    "Models",
+    "Parameters",
+    "Prediction",
+    "Progress",
+    "Queued",
+    "RemoteError",
+    "Result",
+    "Timing",
+    "Unavailable",
+]

@@ -1,0 +1,122 @@
+"""The client, for callers with an event loop of their own."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, Unpack
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh_client import answers
+from imagemesh_client.images import ImageInput
+from imagemesh_client.requests import GenerateOptions, PoolingName, classify_request, embed_request, generate_request
+from imagemesh_client.types import Classification, Event, Generation, Models, Progress
+from imagemesh_runtime.client import Peer
+from imagemesh_runtime.tensors import Array, from_proto
+
+DEFAULT_ADDRESS = "127.0.0.1:50050"
+MAX_MESSAGE_BYTES = 256 << 20
+
+
+class AsyncClient:
+    """A gateway at ``host:port`` or ``unix:/path``. It connects with the first call.
+
+    Every method raises ``MeshError``, whose ``code`` tells the kind: INVALID_ARGUMENT before the call if a value can't
+    be sent, UNAVAILABLE if the gateway isn't there, DEADLINE_EXCEEDED after ``timeout`` seconds; what the gateway
+    itself answers is a ``RemoteError`` with its code, text and details. A cancelled call is cancelled in the mesh.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout: float = 600.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._max_message_bytes = max_message_bytes
+        self._connection: tuple[Peer, rpc.GatewayServiceStub] | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the calls under way and the connection."""
+        self._closed = True
+        if self._connection is not None:
+            await self._connection[0].close()
+
+    async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Event, None]:
+        """Generate, and tell how it goes: ``Queued``, ``Progress`` at each step, ``Result``.
+
+        Leaving the iterator cancels the generation; the call begins when the first event is asked for.
+        """
+        request = await asyncio.to_thread(generate_request, prompt, **options)
+        peer, stub = self._connect()
+        async with aclosing(peer.stream(stub.Generate, request)) as responses:
+            async for response in responses:
+                event = answers.event(response)
+                if event is not None:
+                    yield event
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Make pictures of a prompt; ``on_progress`` is called after each step."""
+        outcome = answers.Outcome(on_progress)
+        async with aclosing(self.stream(prompt, **options)) as events:
+            async for event in events:
+                outcome.note(event)
+        return outcome.generation()
+
+    async def classify(
+        self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, *, model: str = ""
+    ) -> list[Classification]:
+        """Name what is in each picture with its ``top_k`` likeliest labels."""
+        request = await asyncio.to_thread(classify_request, images, top_k, model)
+        peer, stub = self._connect()
+        return answers.classifications(await peer.unary(stub.Classify, request))
+
+    async def embed(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        pooling: PoolingName = "cls",
+        normalize: bool = False,
+        *,
+        model: str = "",
+    ) -> Array:
+        """Turn pictures into vectors: float32 [pictures, width].
+
+        Args:
+            pooling: "cls", the class token, or "mean", the mean of the patch tokens.
+            normalize: divide each vector by its Euclidean length.
+        """
+        request = await asyncio.to_thread(embed_request, images, pooling, normalize, model)
+        peer, stub = self._connect()
+        response = await peer.unary(stub.Embed, request)
+        shape = (len(request.images), None)
+        return from_proto(response.embeddings, "embeddings", dtypes=["float32"], shape=shape).copy()
+
+    async def models(self) -> Models:
+        """List what the mesh can run."""
+        peer, stub = self._connect()
+        return answers.models(await peer.unary(stub.ListModels, pb.ListModelsRequest()))
+
+    def _connect(self) -> tuple[Peer, rpc.GatewayServiceStub]:
+        """The channel, which belongs to the event loop that first uses it."""
+        if self._closed:
+            raise RuntimeError("this client is closed")
+        if self._connection is None:
+            peer = Peer(
+                "gateway", self.address, max_message_bytes=self._max_message_bytes, timeout_seconds=self._timeout
+            )
+            self._connection = peer, rpc.GatewayServiceStub(peer.channel)
+        return self._connection

@@ -1,0 +1,120 @@
+"""From answers to plain values."""
+
+from collections.abc import Callable
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import model_service_pb2, vit_service_pb2
+from imagemesh_client.types import (
+    Classification,
+    Event,
+    GeneratedImage,
+    Generation,
+    Model,
+    Models,
+    Parameters,
+    Prediction,
+    Progress,
+    Queued,
+    Result,
+    Timing,
+)
+from imagemesh_runtime.errors import Unavailable
+
+
+class Outcome:
+    """Follows the events of one generation to its end."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+        self._on_progress = on_progress
+        self._generation: Generation | None = None
+
+    def note(self, event: Event) -> None:
+        """Take in the next event."""
+        if isinstance(event, Result):
+            self._generation = event.generation
+        elif isinstance(event, Progress) and self._on_progress is not None:
+            self._on_progress(event)
+
+    def generation(self) -> Generation:
+        """What came of it, once the events have ended.
+
+        Raises:
+            Unavailable: they ended without a result.
+        """
+        if self._generation is None:
+            raise Unavailable("gateway", "ended the generation without a result")
+        return self._generation
+
+
+def event(response: pb.GenerateResponse) -> Event | None:
+    """The event in a response; None for one of a kind that this client doesn't know."""
+    kind = response.WhichOneof("event")
+    if kind == "queued":
+        return Queued(response.queued.id, response.queued.position)
+    if kind == "progress":
+        return Progress(response.progress.step, response.progress.steps)
+    if kind == "result":
+        return Result(generation(response.result))
+    return None
+
+
+def generation(result: pb.GenerateResult) -> Generation:
+    """The pictures, and how they came to be."""
+    images = tuple(GeneratedImage(image.png, image.seed) for image in result.images)
+    return Generation(result.id, images, _parameters(result.parameters), tuple(map(_timing, result.timings)))
+
+
+def _parameters(parameters: pb.GenerateParameters) -> Parameters:
+    return Parameters(
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        model=parameters.model,
+        width=parameters.width,
+        height=parameters.height,
+        steps=parameters.steps,
+        guidance=parameters.guidance_scale,
+        scheduler=parameters.scheduler,
+        seed=parameters.seed,
+        clip_skip=parameters.clip_skip,
+        backends=dict(parameters.backends),
+    )
+
+
+def _timing(timing: pb.StageTiming) -> Timing:
+    return Timing(
+        stage=timing.stage,
+        seconds=timing.seconds,
+        compute_seconds=timing.compute_seconds,
+        queue_seconds=timing.queue_seconds,
+        bytes_sent=timing.bytes_sent,
+        bytes_received=timing.bytes_received,
+    )
+
+
+def classifications(response: pb.ClassifyResponse) -> list[Classification]:
+    """One a picture, in the order of the request."""
+    return [
+        Classification(response.model, tuple(map(_prediction, classification.predictions)))
+        for classification in response.classifications
+    ]
+
+
+def _prediction(prediction: vit_service_pb2.Prediction) -> Prediction:
+    return Prediction(prediction.label, prediction.probability, prediction.index, prediction.logit)
+
+
+def models(response: pb.ListModelsResponse) -> Models:
+    """What the mesh can run."""
+    return Models(tuple(map(_model, response.models)), tuple(response.unreachable))
+
+
+def _model(info: model_service_pb2.ModelInfo) -> Model:
+    return Model(
+        name=info.name,
+        role=info.role,
+        backend=info.backend,
+        dtype=info.dtype,
+        device=info.device,
+        loaded=info.loaded,
+        properties=dict(info.properties),
+    )

@@ -1,0 +1,127 @@
+"""From arguments to requests. What the gateway can judge better is left to it; here only what a field can't hold."""
+
+import operator
+from collections.abc import Iterable
+from typing import Literal, SupportsFloat, SupportsIndex, TypedDict
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import vit_service_pb2
+from imagemesh_client.images import ImageInput, as_list, image_to_proto
+from imagemesh_client.types import Control
+from imagemesh_runtime.errors import InvalidArgument
+
+UINT32, UINT64 = 2**32 - 1, 2**64 - 1
+
+PoolingName = Literal["cls", "mean"]
+_POOLINGS = {"cls": vit_service_pb2.POOLING_CLS, "mean": vit_service_pb2.POOLING_MEAN}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
+
+    negative_prompt: str
+    # A name that ``models()`` lists for the role "diffusion".
+    model: str
+    # Picture i of n takes seed + i. None: drawn.
+    seed: int | None
+    # None: 20.
+    steps: int | None
+    # Classifier-free guidance. None: 7.5.
+    guidance: float | None
+    # Pixels. None: the model's own size.
+    width: int | None
+    height: int | None
+    # "Euler a", "DPM++ 2M Karras"..., or a diffusers class name.
+    scheduler: str
+    # How many pictures.
+    n: int
+    # Layers of the text encoder to leave out, from the last.
+    clip_skip: int
+    controls: Iterable[Control]
+
+
+def generate_request(
+    prompt: str,
+    *,
+    negative_prompt: str = "",
+    model: str = "",
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    scheduler: str = "",
+    n: int = 1,
+    clip_skip: int = 0,
+    controls: Iterable[Control] = (),
+) -> pb.GenerateRequest:
+    """The request for ``GenerateOptions``; reads the files of controls.
+
+    Raises:
+        InvalidArgument: a value that its field can't hold.
+    """
+    return pb.GenerateRequest(
+        prompt=_text("prompt", prompt),
+        negative_prompt=_text("negative_prompt", negative_prompt),
+        model=_text("model", model),
+        width=_whole("width", width or 0, UINT32),
+        height=_whole("height", height or 0, UINT32),
+        steps=None if steps is None else _whole("steps", steps, UINT32),
+        guidance_scale=None if guidance is None else _number("guidance", guidance),
+        scheduler=_text("scheduler", scheduler),
+        seed=None if seed is None else _whole("seed", seed, UINT64),
+        num_images=_whole("n", n, UINT32),
+        clip_skip=_whole("clip_skip", clip_skip, UINT32),
+        controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
+    )
+
+
+def classify_request(images: ImageInput | Iterable[ImageInput], top_k: int, model: str) -> pb.ClassifyRequest:
+    """The request for ``classify``; reads files."""
+    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
+    return pb.ClassifyRequest(images=protos, top_k=_whole("top_k", top_k, UINT32), model=_text("model", model))
+
+
+def embed_request(
+    images: ImageInput | Iterable[ImageInput], pooling: PoolingName, normalize: bool, model: str
+) -> pb.EmbedRequest:
+    """The request for ``embed``; reads files."""
+    if pooling not in _POOLINGS:
+        raise InvalidArgument("pooling", pooling, " or ".join(_POOLINGS))
+    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
+    return pb.EmbedRequest(
+        images=protos, pooling=_POOLINGS[pooling], normalize=bool(normalize), model=_text("model", model)
+    )
+
+
+def _control(field: str, control: Control) -> pb.GenerateControl:
+    return pb.GenerateControl(
+        model=_text(f"{field}.model", control.model),
+        image=image_to_proto(control.image, f"{field}.image"),
+        scale=_number(f"{field}.scale", control.scale),
+    )
+
+
+def _whole(field: str, value: SupportsIndex, most: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= most:
+        raise InvalidArgument(field, value, f"a whole number from 0 to {most}")
+    return number
+
+
+def _number(field: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidArgument(field, value, "a number") from None
+
+
+def _text(field: str, value: str) -> str:
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise InvalidArgument(field, value, "a string of valid Unicode") from None
+    return value

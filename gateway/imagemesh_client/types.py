@@ -1,0 +1,169 @@
+"""What the mesh answers, as plain values."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image
+
+from imagemesh_client.images import ImageInput
+from imagemesh_runtime.errors import InvalidArgument
+
+# File name suffixes that a picture can be saved under.
+SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control unit: the picture that a ControlNet follows, as it expects it (edges, depth...)."""
+
+    image: ImageInput
+    # Empty: the mesh's default ControlNet.
+    model: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A PNG file whose "parameters" text chunk holds what made it."""
+
+    png: bytes = field(repr=False)
+    seed: int
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the picture: the PNG unchanged, or as JPEG or WebP (without the parameters) if the suffix says so.
+
+        Raises:
+            InvalidArgument: another suffix.
+            OSError: the file can't be written.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            raise InvalidArgument("path", str(path), f"a file name that ends in {', '.join(SUFFIXES[1:])}")
+        if suffix in SUFFIXES[2:]:
+            self.to_pil().save(path, quality=95)
+        else:
+            path.write_bytes(self.png)
+        return path
+
+    def to_pil(self) -> Image.Image:
+        """The picture for Pillow, decoded."""
+        picture = Image.open(io.BytesIO(self.png))
+        picture.load()
+        return picture
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The request with every default and drawn value filled in."""
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    scheduler: str
+    seed: int
+    clip_skip: int
+    # What ran each stage, such as "vae" to "torch".
+    backends: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one hop cost; times in seconds, of which ``seconds`` is the whole as the gateway saw it."""
+
+    stage: str
+    seconds: float
+    compute_seconds: float
+    queue_seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation."""
+
+    id: str
+    images: tuple[GeneratedImage, ...]
+    parameters: Parameters
+    timings: tuple[Timing, ...]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The generation was accepted; ``position`` requests are ahead of it."""
+
+    id: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``step`` of ``steps`` is done."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last event."""
+
+    generation: Generation
+
+
+Event: TypeAlias = Queued | Progress | Result
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label for a picture; the probability is a softmax over all of the model's labels."""
+
+    label: str
+    probability: float
+    index: int
+    logit: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a picture shows, best first."""
+
+    model: str
+    predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something that a service of the mesh can run."""
+
+    name: str
+    # "text-encoder", "diffusion", "vae", "controlnet" or "vit".
+    role: str
+    backend: str
+    dtype: str
+    device: str
+    loaded: bool
+    properties: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Models:
+    """All that the mesh can run; the models of ``unreachable`` services are missing."""
+
+    models: tuple[Model, ...]
+    unreachable: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self.models)
+
+    def __len__(self) -> int:
+        return len(self.models)

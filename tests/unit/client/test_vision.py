@@ -1,0 +1,120 @@
+"""The SDK understands pictures, whatever form they are in."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import vit_service_pb2
+from imagemesh_client import AsyncClient, Classification, Client, ImageInput, InvalidArgument, Model, Prediction
+from imagemesh_runtime import images
+from tests.support.recording_gateway import RecordingGateway, png
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def sent(gateway: RecordingGateway, image: ImageInput) -> np.ndarray:
+    """The pixels that a service would see."""
+    with Client(gateway.address) as client:
+        client.classify(image)
+    return images.decode(gateway.requests[-1].images[0], "image")
+
+
+def lossless(picture: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def test_every_form_of_a_picture_shows_the_same_pixels(gateway: RecordingGateway, tmp_path: Path) -> None:
+    file = lossless(Image.fromarray(PIXELS))
+    path = tmp_path / "a.png"
+    path.write_bytes(file)
+    for image in (file, path, str(path), Image.fromarray(PIXELS), PIXELS, PIXELS[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(sent(gateway, image), PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK", "HSV", "YCbCr"])
+def test_pictures_of_pillow_in_any_mode_show_what_their_file_shows(gateway: RecordingGateway, mode: str) -> None:
+    if mode == "I;16":
+        picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(PIXELS).convert(mode)
+    if mode in ("LA", "RGBA"):
+        picture.putalpha(Image.fromarray(PIXELS[..., 1]))
+    writable = picture if mode not in ("CMYK", "HSV", "YCbCr") else picture.convert("RGB")
+    np.testing.assert_array_equal(sent(gateway, picture), images.decode_file(lossless(writable), "file"))
+
+
+def test_orientation_of_an_opened_photograph_is_applied(gateway: RecordingGateway) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    opened = Image.open(io.BytesIO(lossless(Image.fromarray(PIXELS), exif=exif)))
+    np.testing.assert_array_equal(sent(gateway, opened), np.rot90(PIXELS, 3))
+
+
+@pytest.mark.parametrize("array", [PIXELS[..., 0], PIXELS[..., :2], PIXELS.astype(np.float32), PIXELS[None]])
+def test_an_array_that_is_no_picture_is_refused(gateway: RecordingGateway, array: np.ndarray) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match=r"images\[1\] must be uint8"):
+        client.classify([PIXELS, array])
+
+
+def test_a_missing_file_is_an_os_error(gateway: RecordingGateway, tmp_path: Path) -> None:
+    with Client(gateway.address) as client, pytest.raises(FileNotFoundError):
+        client.embed(tmp_path / "nothing.png")
+
+
+def test_classify_answers_one_a_picture(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client:
+        answers = client.classify([png(1), PIXELS], 2, model="vit-tiny")
+    shown = Classification("vit-tiny", (Prediction("cat", 0.75, 4, 2.5), Prediction("dog", 0.25, 1, 1.5)))
+    assert answers == [shown, shown]
+    (request,) = gateway.requests
+    assert (request.top_k, request.model, len(request.images)) == (2, "vit-tiny", 2)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("cls", vit_service_pb2.POOLING_CLS), ("mean", vit_service_pb2.POOLING_MEAN)]
+)
+def test_embed_answers_an_array(gateway: RecordingGateway, pooling: str, expected: vit_service_pb2.Pooling) -> None:
+    with Client(gateway.address) as client:
+        vectors = client.embed([png(1), png(2)], pooling, True, model="vit-tiny")  # type: ignore[arg-type]
+    np.testing.assert_array_equal(vectors, np.array([[0, 0.5], [1, 1.5]], dtype=np.float32))
+    vectors += 1  # the caller's own to change
+    (request,) = gateway.requests
+    assert (request.pooling, request.normalize, request.model) == (expected, True, "vit-tiny")
+
+
+def test_an_unknown_pooling_is_refused(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match="cls or mean"):
+        client.embed(png(1), "max")  # type: ignore[arg-type]
+
+
+def test_models_lists_models_and_who_did_not_answer(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client:
+        models = client.models()
+    assert list(models) == [Model("sd-tiny", "diffusion", "torch", "float32", "cpu", True, {"width": "64"})]
+    assert (len(models), models.unreachable) == (1, ("vit",))
+    assert gateway.requests == [pb.ListModelsRequest()]
+
+
+async def test_sync_and_async_answers_are_the_same(gateway: RecordingGateway) -> None:
+    async with AsyncClient(gateway.address) as client:
+        asked = await client.classify(PIXELS), await client.models(), (await client.embed(PIXELS)).tolist()
+    with Client(gateway.address) as sync_client:
+        sync_asked = sync_client.classify(PIXELS), sync_client.models(), sync_client.embed(PIXELS).tolist()
+    assert asked == sync_asked
+    assert gateway.requests[:3] == gateway.requests[3:]
+
+
+def test_importing_the_client_brings_in_no_service_and_no_torch() -> None:
+    code = "import sys, imagemesh_client; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = ("torch", "diffusers", "transformers", "fastapi", "imagemesh_services", "imagemesh_gateway")
+    assert [name for name in loaded if name.startswith(heavy)] == []
