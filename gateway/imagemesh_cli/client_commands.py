@@ -1,0 +1,122 @@
+"""The commands that ask a gateway."""
+
+from argparse import Namespace
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from imagemesh_cli.console import complain, print_json, print_table, progress_bar
+from imagemesh_client import Client, Control, Generation
+from imagemesh_runtime.errors import InvalidArgument
+
+
+def generate(args: Namespace) -> int:
+    """Make pictures of a prompt and write them to files."""
+    controls = _controls(args)
+    with Client(args.server, timeout=args.timeout) as client, progress_bar("generating") as show:
+        generation = client.generate(
+            args.prompt,
+            negative_prompt=args.negative,
+            model=args.model,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            width=args.size[0] if args.size else None,
+            height=args.size[1] if args.size else None,
+            scheduler=args.scheduler,
+            n=args.n,
+            clip_skip=args.clip_skip,
+            controls=controls,
+            on_progress=show,
+        )
+    files = [
+        image.save(path)
+        for image, path in zip(generation.images, _paths(args.output, len(generation.images)), strict=True)
+    ]
+    if args.json:
+        print_json(_generation_json(generation, files))
+    else:
+        _print_generation(generation, files)
+    return 0
+
+
+def _controls(args: Namespace) -> list[Control]:
+    """The n-th --control with the n-th --control-model and --control-scale."""
+    for option, values in (("--control-model", args.control_model), ("--control-scale", args.control_scale)):
+        if len(values) > len(args.control):
+            raise InvalidArgument(
+                option, f"{len(values)} times", f"given once for each --control ({len(args.control)})"
+            )
+    rows = zip_longest(args.control, args.control_model, args.control_scale)
+    return [Control(file, model or "", 1.0 if scale is None else scale) for file, model, scale in rows]
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    """FILE itself, or FILE-0, FILE-1... before its suffix."""
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def _generation_json(generation: Generation, files: list[Path]) -> object:
+    images = [{"file": str(path), "seed": image.seed} for image, path in zip(generation.images, files, strict=True)]
+    parameters, timings = asdict(generation.parameters), [asdict(timing) for timing in generation.timings]
+    return {"id": generation.id, "images": images, "parameters": parameters, "timings": timings}
+
+
+def _print_generation(generation: Generation, files: list[Path]) -> None:
+    made = generation.parameters
+    for image, path in zip(generation.images, files, strict=True):
+        print(
+            f"{path}: seed {image.seed}, {made.width}x{made.height}, {made.steps} steps, "
+            f"guidance {made.guidance:g}, {made.scheduler}, {made.model}"
+        )
+
+
+def classify(args: Namespace) -> int:
+    """Name what is in pictures."""
+    with Client(args.server, timeout=args.timeout) as client:
+        answers = client.classify(args.files, args.top_k, model=args.model)
+    pairs = list(zip(map(str, args.files), answers, strict=True))
+    if args.json:
+        print_json([{"file": file, **asdict(answer)} for file, answer in pairs])
+        return 0
+    for file, answer in pairs:
+        for prediction in answer.predictions:
+            print(f"{file}: {prediction.label} {prediction.probability:.1%}")
+    return 0
+
+
+def embed(args: Namespace) -> int:
+    """Turn pictures into vectors."""
+    with Client(args.server, timeout=args.timeout) as client:
+        vectors = client.embed(args.files, args.pooling, args.normalize, model=args.model)
+    if args.output is not None:
+        np.save(args.output, vectors)
+    pairs = list(zip(map(str, args.files), vectors, strict=True))
+    if args.json:
+        print_json([{"file": file, "embedding": vector.tolist()} for file, vector in pairs])
+        return 0
+    for file, vector in pairs:
+        start = " ".join(f"{value:.4f}" for value in vector[:4])
+        print(f"{file}: {len(vector)} numbers, length {np.linalg.norm(vector):.4f}: {start} ...")
+    return 0
+
+
+def models(args: Namespace) -> int:
+    """List what the mesh can run."""
+    with Client(args.server, timeout=args.timeout) as client:
+        answer = client.models()
+    if args.json:
+        print_json({"models": [asdict(model) for model in answer], "unreachable": answer.unreachable})
+        return 0
+    rows = [
+        (model.name, model.role, model.backend, model.dtype, model.device, "yes" if model.loaded else "no")
+        for model in answer
+    ]
+    print_table(("MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"), rows)
+    if answer.unreachable:
+        complain(f"not reachable: {', '.join(answer.unreachable)}; their models are missing from the list")
+    return 0

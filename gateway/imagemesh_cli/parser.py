@@ -1,0 +1,151 @@
+"""What the command understands: every command with its options, and the function that runs it, by name."""
+
+import argparse
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+
+from imagemesh_cli.rooms import SERVICES
+
+DEFAULT_SERVER = "127.0.0.1:50050"
+
+
+def build_parser() -> ArgumentParser:
+    """All commands and their options."""
+    parser = ArgumentParser(prog="imagemesh", description="Make images and understand them with a mesh of services.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: str, help: str) -> ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    _up(command("up", "server_commands:up", "run all services and the gateway in this process"))
+    _serve(command("serve", "server_commands:serve", "run one service in this process"))
+    _demo(command("demo", "demo:demo", "start a mesh, make a picture, classify it, tell what each hop cost, stop"))
+    _generate(command("generate", "client_commands:generate", "make pictures of a prompt"))
+    _classify(command("classify", "client_commands:classify", "name what is in pictures"))
+    _embed(command("embed", "client_commands:embed", "turn pictures into vectors"))
+    _client(command("models", "client_commands:models", "list what the mesh can run"))
+    return parser
+
+
+def _up(parser: ArgumentParser) -> None:
+    parser.add_argument("--host", help="address that the gateway listens on (default: 127.0.0.1)")
+    parser.add_argument("--grpc-port", type=_port, metavar="PORT", help="default: 50050; 0: any free one")
+    parser.add_argument("--http-port", type=_port, metavar="PORT", help="default: 7860; 0: any free one")
+    parser.add_argument("--json", action="store_true", help="tell as JSON where it listens")
+    _models_and_config(parser)
+
+
+def _serve(parser: ArgumentParser) -> None:
+    parser.add_argument("service", choices=[*SERVICES, "gateway"], metavar="SERVICE", help="one of %(choices)s")
+    parser.add_argument("--listen", metavar="ADDRESS", help="host:port (port 0: any free one) or unix:/path")
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
+        help="any setting of the service's configuration; repeatable",
+    )  # fmt: skip
+    _models_and_config(parser)
+
+
+def _models_and_config(parser: ArgumentParser) -> None:
+    parser.add_argument("--models", metavar="DIR", help="folders of models, separated as in PATH")
+    parser.add_argument("--backend", metavar="NAME", help="what runs the models (default: the best one installed)")
+    parser.add_argument("--config", type=_file, metavar="FILE", help="TOML file, a table for each service")
+
+
+def _demo(parser: ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", default="a red apple", metavar="PROMPT", help='default: "%(default)s"')
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    parser.add_argument("--seed", type=int, default=7, metavar="N", help="default: 7")
+    _models_and_config(parser)
+
+
+def _client(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--server", type=_address, default=os.environ.get("IMAGEMESH_SERVER") or DEFAULT_SERVER, metavar="HOST:PORT",
+        help=f"the gateway (default: $IMAGEMESH_SERVER or {DEFAULT_SERVER})",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
+    parser.add_argument("--json", action="store_true", help="answer as JSON")
+
+
+def _generate(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT")
+    add("-o", "--output", type=_picture_to_write, required=True, metavar="FILE", help="with -n: FILE-0, FILE-1...")
+    add("--negative", default="", metavar="PROMPT", help="what not to show")
+    add("--seed", type=int, metavar="N", help="picture i takes seed + i (default: drawn)")
+    add("--steps", type=int, metavar="N", help="default: 20")
+    add("--guidance", type=float, metavar="X", help="classifier-free guidance (default: 7.5)")
+    add("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
+    add("--scheduler", default="", metavar="NAME", help='such as "Euler a" (default: the model\'s own)')
+    add("--model", default="", metavar="NAME", help="default: the mesh's own; see imagemesh models")
+    add("-n", type=int, default=1, metavar="COUNT", help="how many pictures (default: 1)")
+    add("--clip-skip", type=int, default=0, metavar="N", help="layers of the text encoder to leave out")
+    add("--control", type=_file, action="append", default=[], metavar="FILE", help="picture to follow; repeatable")
+    add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for the control")
+    add("--control-scale", type=float, action="append", default=[], metavar="X", help="its weight (default: 1)")
+    _client(parser)
+
+
+def _classify(parser: ArgumentParser) -> None:
+    parser.add_argument("files", type=_file, nargs="+", metavar="FILE")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels for each picture (default: 5)")
+    parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
+    _client(parser)
+
+
+def _embed(parser: ArgumentParser) -> None:
+    parser.add_argument("files", type=_file, nargs="+", metavar="FILE")
+    parser.add_argument("--pooling", choices=["cls", "mean"], default="cls", help="default: cls")
+    parser.add_argument("--normalize", action="store_true", help="divide each vector by its length")
+    parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
+    parser.add_argument("-o", "--output", type=_file_to_write, metavar="FILE.npy", help="write the vectors for numpy")
+    _client(parser)
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    return Path(text)
+
+
+def _file_to_write(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"not a file in a folder that exists: {text}")
+    return path
+
+
+def _picture_to_write(text: str) -> Path:
+    path = _file_to_write(text)
+    if path.suffix.lower() not in ("", ".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"not a name for a PNG, JPEG or WebP file: {text}")
+    return path
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"not of the form 512x512: {text}")
+    return int(width), int(height)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"not a port: {text}")
+    return int(text)
+
+
+def _address(text: str) -> str:
+    if not text.startswith("unix:") and not text.rpartition(":")[2].isdecimal():
+        raise argparse.ArgumentTypeError(f"not of the form host:port: {text}")
+    return text
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"not of the form NAME=VALUE: {text}")
+    return name.replace("-", "_"), value

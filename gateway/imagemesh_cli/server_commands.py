@@ -1,0 +1,83 @@
+"""The commands that run servers, until the process is told to stop."""
+
+import asyncio
+import json
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Mapping
+
+from imagemesh_cli.host import MeshHost, require_free
+from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.server import stop_signal
+from imagemesh_runtime.service import set_process_defaults
+
+
+def up(args: Namespace) -> int:
+    """Host the whole mesh in this process."""
+    set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "WARNING"))
+    asyncio.run(_up(MeshHost.configured(_given(args, "models", "backend"), _gateway(args), args.config), args.json))
+    return 0
+
+
+async def _up(host: MeshHost, as_json: bool) -> None:
+    told = stop_signal()
+    async with host:
+        metrics = {name: server.metrics_http.address for name, server in host.services.items()}
+        metrics["gateway"] = host.gateway.metrics_http.address
+        if as_json:
+            print(json.dumps({"grpc": host.grpc_address, "http": host.http_address, "metrics": metrics}), flush=True)
+        else:
+            print(f"imagemesh is up\n  gRPC     {host.grpc_address}\n  HTTP     http://{host.http_address}")
+            for name, address in metrics.items():
+                print(f"  metrics  http://{address}/metrics  {name}")
+            print("Ctrl-C stops it.", flush=True)
+        await _first(told)
+
+
+def _gateway(args: Namespace) -> Mapping[str, str]:
+    """Where the gateway listens, as far as options say so; a lone port is on this machine only."""
+    if args.host is None and args.grpc_port is None and args.http_port is None:
+        return {}
+    host = args.host or "127.0.0.1"
+    host = f"[{host}]" if ":" in host else host
+    ports = (50050 if args.grpc_port is None else args.grpc_port, 7860 if args.http_port is None else args.http_port)
+    return {"listen": f"{host}:{ports[0]}", "http_listen": f"{host}:{ports[1]}"}
+
+
+def serve(args: Namespace) -> int:
+    """Run one server in this process."""
+    set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "INFO"))
+    asyncio.run(_serve(args))
+    return 0
+
+
+async def _serve(args: Namespace) -> None:
+    told = stop_signal()
+    is_gateway = args.service == "gateway"
+    room = GATEWAY if is_gateway else SERVICES[args.service]
+    settings = {**dict(args.set), **_given(args, "listen", "models", "backend")}
+    config = configure(room.config(), settings, args.config)
+    require_free(args.service, config.listen, config.metrics_listen, config.admin_listen)
+    if is_gateway:
+        require_free(args.service, config.http_listen)
+    server = room.create(config) if is_gateway else room.create(config, Lane(args.service))
+    try:
+        await server.start()
+        http = f", HTTP on http://{server.http_address}" if is_gateway else ""
+        print(f"{args.service} listens on {server.address}{http}", flush=True)
+        await _first(told)
+    finally:
+        await server.stop()
+
+
+def _given(args: Namespace, *names: str) -> dict[str, str]:
+    return {name: str(value) for name in names if (value := getattr(args, name)) is not None}
+
+
+async def _first(told: asyncio.Event) -> None:
+    """Wait for the first signal; a second one ends the process at once."""
+    await told.wait()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(name)

@@ -1,0 +1,222 @@
+"""The client commands: options reach the gateway, answers reach files and stdout, failures are a line and a code."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import image_pb2, vit_service_pb2
+from imagemesh_cli.main import main
+from imagemesh_runtime.errors import InternalError, InvalidArgument, NotFound, Overloaded
+from tests.support.recording_gateway import RecordingGateway, png
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(gateway: RecordingGateway, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command against the gateway; answers exit code, stdout and stderr."""
+    monkeypatch.setenv("IMAGEMESH_SERVER", gateway.address)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
+    edges = tmp_path / "edges.png"
+    edges.write_bytes(png(9))
+    code, _, _ = run(
+        "generate", "a fox", "-o", tmp_path / "fox.png", "--seed", 7, "--steps", 5, "--guidance", 3.5, "--size",
+        "64x72", "--scheduler", "Euler a", "--negative", "blurry", "--model", "sd-tiny", "-n", 2, "--clip-skip", 1,
+        "--control", edges, "--control-model", "canny", "--control-scale", 0.5, "--control", edges,
+    )  # fmt: skip
+    image = image_pb2.Image(encoded=png(9))
+    controls = [
+        pb.GenerateControl(model="canny", image=image, scale=0.5),
+        pb.GenerateControl(image=image, scale=1.0),
+    ]
+    expected = pb.GenerateRequest(
+        prompt="a fox", seed=7, steps=5, guidance_scale=3.5, width=64, height=72, scheduler="Euler a",
+        negative_prompt="blurry", model="sd-tiny", num_images=2, clip_skip=1, controls=controls,
+    )  # fmt: skip
+    assert (code, gateway.requests) == (0, [expected])
+
+
+def test_generate_writes_the_picture_and_says_how_it_came_to_be(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    assert run("generate", "a fox", "-o", file) == (
+        0,
+        f"{file}: seed 41, 8x8, 3 steps, guidance 7.5, DDIM, sd-tiny\n",
+        "",
+    )
+    assert file.read_bytes() == png(41)
+
+
+def test_several_pictures_are_numbered(run: Run, tmp_path: Path) -> None:
+    assert run("generate", "a fox", "-o", tmp_path / "fox.png", "-n", 3, "--seed", 5)[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        f"fox-{i}.png": png(5 + i) for i in range(3)
+    }
+
+
+def test_generate_converts_to_what_the_suffix_says(run: Run, tmp_path: Path) -> None:
+    assert run("generate", "a fox", "-o", tmp_path / "fox.jpg")[0] == 0
+    with Image.open(tmp_path / "fox.jpg") as picture:
+        assert picture.format == "JPEG"
+
+
+def test_generate_as_json(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    code, out, err = run("generate", "a fox", "-o", file, "--seed", 7, "--json")
+    answer = json.loads(out)
+    assert (code, err, answer["id"], answer["images"]) == (0, "", "g1", [{"file": str(file), "seed": 7}])
+    assert (answer["parameters"]["prompt"], answer["parameters"]["backends"]) == ("a fox", {"vae": "fake"})
+    assert answer["timings"] == [
+        {"stage": "vae", "seconds": 0.5, "compute_seconds": 0.25, "queue_seconds": 0.125, "bytes_sent": 10,
+         "bytes_received": 20}
+    ]  # fmt: skip
+
+
+def test_classify_prints_labels(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    file.write_bytes(png(1))
+    assert run("classify", file, "--top-k", 2, "--model", "vit-tiny") == (
+        0,
+        f"{file}: cat 75.0%\n{file}: dog 25.0%\n",
+        "",
+    )
+    image = image_pb2.Image(encoded=png(1))
+    assert gateway.requests == [pb.ClassifyRequest(images=[image], top_k=2, model="vit-tiny")]
+
+
+def test_classify_as_json(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    file.write_bytes(png(1))
+    _, out, _ = run("classify", file, file, "--json")
+    cat = {"label": "cat", "probability": 0.75, "index": 4, "logit": 2.5}
+    dog = {"label": "dog", "probability": 0.25, "index": 1, "logit": 1.5}
+    assert json.loads(out) == [{"file": str(file), "model": "vit-tiny", "predictions": [cat, dog]}] * 2
+
+
+def test_embed_prints_a_line_a_picture(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    file.write_bytes(png(1))
+    code, out, _ = run("embed", file, "--pooling", "mean", "--normalize", "--model", "vit-tiny")
+    assert (code, out) == (0, f"{file}: 2 numbers, length 0.5000: 0.0000 0.5000 ...\n")
+    image = image_pb2.Image(encoded=png(1))
+    asked = pb.EmbedRequest(images=[image], pooling=vit_service_pb2.POOLING_MEAN, normalize=True, model="vit-tiny")
+    assert gateway.requests == [asked]
+
+
+def test_embed_as_json_and_as_an_array(run: Run, tmp_path: Path) -> None:
+    file, array = tmp_path / "fox.png", tmp_path / "fox.npy"
+    file.write_bytes(png(1))
+    _, out, _ = run("embed", file, file, "--json", "-o", array)
+    assert json.loads(out) == [
+        {"file": str(file), "embedding": [0.0, 0.5]},
+        {"file": str(file), "embedding": [1.0, 1.5]},
+    ]
+    np.testing.assert_array_equal(np.load(array), [[0, 0.5], [1, 1.5]])
+
+
+def test_models_prints_a_table_and_who_is_missing(run: Run) -> None:
+    code, out, err = run("models")
+    assert [line.split() for line in out.splitlines()] == [
+        ["MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"],
+        ["sd-tiny", "diffusion", "torch", "float32", "cpu", "yes"],
+    ]
+    assert (code, err) == (0, "imagemesh: not reachable: vit; their models are missing from the list\n")
+
+
+def test_models_as_json(run: Run) -> None:
+    code, out, err = run("models", "--json")
+    model = {"name": "sd-tiny", "role": "diffusion", "backend": "torch", "dtype": "float32", "device": "cpu",
+             "loaded": True, "properties": {"width": "64"}}  # fmt: skip
+    assert (code, json.loads(out), err) == (0, {"models": [model], "unreachable": ["vit"]}, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidArgument("steps", 0, "1 to 1000"), 2),
+        (NotFound("model", "nope", ["sd-tiny"]), 2),
+        (Overloaded("diffusion", 32, 2.5), 1),
+        (InternalError("abc"), 1),
+    ],
+)
+def test_the_gateways_error_is_a_line_and_a_code(
+    gateway: RecordingGateway, run: Run, tmp_path: Path, error: Exception, code: int
+) -> None:
+    gateway.error = error  # type: ignore[assignment]
+    assert run("generate", "a fox", "-o", tmp_path / "fox.png") == (code, "", f"imagemesh: {error}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_there_is_a_line_that_tells_what_to_do(run: Run) -> None:
+    code, out, err = run("models", "--server", "127.0.0.1:1")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "127.0.0.1:1" in err
+    assert "imagemesh up" in err
+
+
+def test_a_gateway_that_hangs_is_given_up_after_the_timeout(
+    gateway: RecordingGateway, run: Run, tmp_path: Path
+) -> None:
+    gateway.hold = True
+    code, out, err = run("generate", "a fox", "-o", tmp_path / "fox.png", "--timeout", 0.3)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert gateway.cancelled.wait(20)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a fox"],
+        ["generate", "a fox", "-o", "nowhere/fox.png"],
+        ["generate", "a fox", "-o", "fox.tiff"],
+        ["generate", "a fox", "-o", "fox.png", "--size", "64"],
+        ["generate", "a fox", "-o", "fox.png", "--seed", "-1"],
+        ["generate", "a fox", "-o", "fox.png", "--control", "missing.png"],
+        ["generate", "a fox", "-o", "fox.png", "--control-model", "canny"],
+        ["generate", "\udcff", "-o", "fox.png"],
+        ["classify"],
+        ["classify", "missing.png"],
+        ["embed", "missing.png"],
+        ["models", "--server", "nowhere"],
+        ["paint"],
+        [],
+    ],
+)
+def test_wrong_usage_is_code_2_and_asks_nobody(
+    gateway: RecordingGateway, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert (code, out, gateway.requests) == (2, "", [])
+    assert "imagemesh" in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_cannot_be_written_is_a_line_and_code_1(run: Run, tmp_path: Path) -> None:
+    blocked = tmp_path / "fox.png"
+    (tmp_path / "fox-0.png").mkdir()
+    code, out, err = run("generate", "a fox", "-o", blocked, "-n", 2)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "fox-0.png" in err
+
+
+def test_the_option_wins_over_the_environment(
+    gateway: RecordingGateway, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEMESH_SERVER", "127.0.0.1:1")
+    assert run("models", "--server", gateway.address)[0] == 0
