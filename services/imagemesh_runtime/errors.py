@@ -4,6 +4,7 @@ MeshError                  INTERNAL
 ├── InvalidArgument        INVALID_ARGUMENT      BadRequest: field, value, what is allowed
 ├── NotFound               NOT_FOUND             ResourceInfo: kind and name; the message lists what exists
 ├── Overloaded             RESOURCE_EXHAUSTED    RetryInfo: when to come back
+├── TooLarge               RESOURCE_EXHAUSTED
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
@@ -104,6 +105,12 @@ class Overloaded(MeshError):
 
     def retry_after(self) -> float | None:
         return self.seconds
+
+
+class TooLarge(MeshError):
+    """A message is over the limit; repeating the call won't help."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class _AboutService(MeshError):

@@ -27,6 +27,7 @@ from imagemesh_runtime.errors import (
     InternalError,
     InvalidArgument,
     MeshError,
+    TooLarge,
     Unavailable,
     Unimplemented,
 )
@@ -61,7 +62,8 @@ class Call:
         """The code that the client gets: the layers' one, else what the servicer itself set or aborted with."""
         if self.code is not grpc.StatusCode.OK:
             return self.code
-        return CODES.get(self.context.code() or 0, grpc.StatusCode.UNKNOWN)
+        code = self.context.code()  # a number, until somebody sets it
+        return code if isinstance(code, grpc.StatusCode) else CODES.get(code or 0, grpc.StatusCode.UNKNOWN)
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -172,9 +174,10 @@ async def _abort(call: Call, error: MeshError) -> None:
 class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Runs the layers around every call, whatever its kind, and counts its messages."""
 
-    def __init__(self, layers: Sequence[Layer], metrics: Metrics) -> None:
+    def __init__(self, layers: Sequence[Layer], metrics: Metrics, max_message_bytes: int) -> None:
         self._layers = layers
         self._metrics = metrics
+        self._limit = max_message_bytes
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(details)
@@ -186,7 +189,7 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         def begin(context: Any) -> "_Wire":
             call = Call(_KINDS[streams], service, method, metadata, context, CallContext())
-            return _Wire(handler, call, self._metrics)
+            return _Wire(handler, call, self._metrics, self._limit)
 
         return self._wrap(handler, streams, begin)
 
@@ -226,8 +229,9 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 class _Wire:
     """The context that a servicer sees: gRPC's own, with messages parsed, serialised and counted on their way."""
 
-    def __init__(self, handler: Any, call: Call, metrics: Metrics) -> None:
+    def __init__(self, handler: Any, call: Call, metrics: Metrics, limit: int) -> None:
         self.call = call
+        self._limit = limit
         self._parse = handler.request_deserializer
         self._serialise = handler.response_serializer
         self._streams_in = handler.request_streaming
@@ -253,6 +257,8 @@ class _Wire:
 
     def encode(self, message: Any) -> bytes:
         data: bytes = message if self._serialise is None else self._serialise(message)
+        if len(data) > self._limit:
+            raise TooLarge(f"the answer's {len(data)} bytes are over the limit of {self._limit}")
         self._sent.inc()
         return data
 

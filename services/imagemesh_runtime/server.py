@@ -45,7 +45,7 @@ class MeshServer:
             errors_layer(self.name),
         )
         self._server = grpc.aio.server(
-            interceptors=(LayeredInterceptor(layers, metrics),),
+            interceptors=(LayeredInterceptor(layers, metrics, config.max_message_bytes),),
             options=channel_options(config.max_message_bytes),
             maximum_concurrent_rpcs=config.max_concurrent_calls,
         )
