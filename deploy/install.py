@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--extras", default="all")
     parser.add_argument("--index", default="", help="index to take torch from")
     options = parser.parse_args()
-    if sys.version_info < (3, 11):
-        sys.exit(f"imagemesh needs Python 3.11 or newer, this is {sys.version.split()[0]}: make install PYTHON=python3.11")
+    if sys.version_info < (3, 11):  # noqa: UP036 - whatever python3 is here runs this file
+        sys.exit(
+            f"imagemesh needs Python 3.11 or newer, this is {sys.version.split()[0]}: make install PYTHON=python3.11"
+        )
     if not (options.venv / "bin" / "python").exists():
         venv.create(options.venv, with_pip=True)
     pip = [str(options.venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -18,7 +18,9 @@ def main() -> None:
     env = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
     with tempfile.TemporaryDirectory(dir=PROTOS) as made:
         outputs = [f"--{kind}_out={made}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-        subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, *sources], cwd=PROTOS, env=env, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, *sources], cwd=PROTOS, env=env, check=True
+        )
         for package in ("imagemesh", "imagemesh/v1"):
             Path(made, package, "__init__.py").touch()
         shutil.rmtree(GEN, ignore_errors=True)

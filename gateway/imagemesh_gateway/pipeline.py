@@ -1,7 +1,7 @@
 """How a picture is made: encode the text, prepare the control pictures, denoise, decode, pack."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -47,7 +47,7 @@ class Ledger:
         ]
 
 
-async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncIterator[pb.GenerateResponse]:
+async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Run the request graph for one generation; the last event is the result.
 
     Raises:
@@ -96,7 +96,7 @@ async def _denoise(
     conditioning: Tensors,
     controls: list[diffusion_service_pb2.ControlUnit],
     ledger: Ledger,
-) -> AsyncIterator[pb.GenerateResponse | SampleResult]:
+) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
     request = diffusion_service_pb2.SampleRequest(
         model=plan.model,
         conditioning=conditioning,

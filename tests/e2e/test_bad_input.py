@@ -19,8 +19,8 @@ from imagemesh.v1 import (
     vae_service_pb2_grpc,
 )
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh_client import AsyncClient, Client
 from imagemesh_cli.host import MeshHost
+from imagemesh_client import AsyncClient, Client
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.tensors import to_proto
@@ -77,11 +77,17 @@ def test_a_prompt_of_100_000_characters_is_refused(client: Client) -> None:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and has hardly any data."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,9 +146,11 @@ NAN = np.full_like(LATENTS, np.nan)
 def test_a_bad_tensor_is_named_by_the_service(
     mesh: MeshHost, client: Client, latents: tensor_pb2.Tensor, said: str
 ) -> None:
-    with grpc.insecure_channel(mesh.services["vae"].address) as channel, pytest.raises(grpc.RpcError) as caught:
+    request = vae_service_pb2.DecodeLatentsRequest(model="fake", latents=latents)
+    with grpc.insecure_channel(mesh.services["vae"].address) as channel:
         stub = vae_service_pb2_grpc.VaeServiceStub(channel)
-        stub.DecodeLatents(vae_service_pb2.DecodeLatentsRequest(model="fake", latents=latents))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.DecodeLatents(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert said in caught.value.details()
 

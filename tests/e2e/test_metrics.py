@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import httpx
 import pytest
@@ -47,29 +48,50 @@ def addresses(mesh: MeshHost) -> dict[str, str]:
     return found | {"gateway": mesh.gateway.metrics_http.address}
 
 
-def test_every_hop_counts_what_was_sent(mesh: MeshHost, addresses: dict[str, str], control_image: object) -> None:
-    before = {name: scrape(address) for name, address in addresses.items()}
-    with Client(mesh.grpc_address) as client:
+class Growth:
+    """How much each series of each service grew while the block ran."""
+
+    def __init__(self, addresses: dict[str, str]) -> None:
+        self._addresses = addresses
+
+    def __enter__(self) -> Self:
+        self._before = {name: scrape(address) for name, address in self._addresses.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._after = {name: scrape(address) for name, address in self._addresses.items()}
+
+    def __call__(self, where: str, name: str, /, **labels: str) -> float:
+        return grown(self._before[where], self._after[where], name, **labels)
+
+
+@pytest.fixture(scope="module")
+def grew(mesh: MeshHost, control_image: object) -> Growth:
+    """Two generations, one of two pictures with a ControlNet, three pictures classified, one request refused."""
+    found = {name: server.metrics_http.address for name, server in mesh.services.items()}
+    found["gateway"] = mesh.gateway.metrics_http.address
+    with Growth(found) as growth, Client(mesh.grpc_address) as client:
         for seed in (1, 2):
             client.generate("a fox", steps=5, seed=seed, scheduler="DDIM")
         client.generate("a fox", steps=3, seed=1, n=2, scheduler="Heun", controls=[Control(control_image)])  # type: ignore[arg-type]
         client.classify([control_image] * 3)  # type: ignore[list-item]
         with pytest.raises(MeshError):
             client.generate("x", steps=0)
-    after = {name: scrape(address) for name, address in addresses.items()}
+    return growth
 
-    def grew(where: str, name: str, /, **labels: str) -> float:
-        return grown(before[where], after[where], name, **labels)
 
+def test_the_gateway_counts_calls_by_code_and_messages(grew: Growth) -> None:
     generate = {"grpc_type": "server_stream", "grpc_service": "imagemesh.v1.GatewayService", "grpc_method": "Generate"}
     assert grew("gateway", "grpc_server_started_total", **generate) == 4
     assert grew("gateway", "grpc_server_handled_total", **generate, grpc_code="OK") == 3
     assert grew("gateway", "grpc_server_handled_total", **generate, grpc_code="INVALID_ARGUMENT") == 1
     assert grew("gateway", "grpc_server_msg_received_total", **generate) == 4
-    # Each generation says queued, every evaluation (a Heun step of 3 evaluates 5 times), result.
+    # Each generation says queued, every evaluation (3 steps of Heun evaluate 5 times), result.
     assert grew("gateway", "grpc_server_msg_sent_total", **generate) == 2 * (1 + 5 + 1) + (1 + 5 + 1)
     assert grew("gateway", "grpc_server_handling_seconds_count", **generate) == 4
 
+
+def test_the_sampler_counts_steps_rows_and_waits(grew: Growth) -> None:
     sample = {"grpc_type": "server_stream", "grpc_service": "imagemesh.v1.DiffusionService", "grpc_method": "Sample"}
     assert grew("diffusion", "grpc_server_handled_total", **sample, grpc_code="OK") == 3
     assert grew("diffusion", "imagemesh_step_seconds_count", service="diffusion") == 5 + 5 + 5
@@ -78,12 +100,16 @@ def test_every_hop_counts_what_was_sent(mesh: MeshHost, addresses: dict[str, str
     assert grew("diffusion", "imagemesh_queue_wait_seconds_count", service="diffusion") == 3
     assert grew("diffusion", "imagemesh_stage_seconds_count", service="diffusion", stage="sample") == 3
 
+
+def test_the_controlnet_counts_its_session(grew: Growth) -> None:
     control = {"grpc_type": "bidi_stream", "grpc_service": "imagemesh.v1.ControlNetService", "grpc_method": "Control"}
     assert grew("controlnet", "grpc_server_started_total", **control) == 1
     assert grew("controlnet", "grpc_server_msg_received_total", **control) == 1 + 5
     assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5
     assert grew("controlnet", "imagemesh_step_seconds_count", service="controlnet") == 5
 
+
+def test_the_other_services_count_rows(grew: Growth) -> None:
     assert grew("text-encoder", "imagemesh_batch_size_sum", service="text-encoder") == 3 * 2
     assert grew("vae", "imagemesh_batch_size_sum", service="vae") == 1 + 1 + 2
     assert grew("vae", "imagemesh_stage_seconds_count", stage="decode") == 3
@@ -94,7 +120,9 @@ def test_every_hop_counts_what_was_sent(mesh: MeshHost, addresses: dict[str, str
 
 def test_every_service_exports_the_histograms(addresses: dict[str, str]) -> None:
     for name, address in addresses.items():
-        exported = {family.name for family in text_string_to_metric_families(httpx.get(f"http://{address}/metrics").text)}
+        exported = {
+            family.name for family in text_string_to_metric_families(httpx.get(f"http://{address}/metrics").text)
+        }
         assert set(EVERYWHERE) <= exported, name
 
 

@@ -51,9 +51,7 @@ def test_every_other_scheduler_too(client: Client, models: Path, scheduler: str)
 
 
 @pytest.mark.parametrize("scheduler", ["", "Euler a", "DPM++ SDE"])
-def test_several_images_equal_the_pipelines_with_a_generator_each(
-    client: Client, models: Path, scheduler: str
-) -> None:
+def test_several_images_equal_the_pipelines_with_a_generator_each(client: Client, models: Path, scheduler: str) -> None:
     ours = pictures(client, PROMPT, scheduler=scheduler, steps=5, seed=11, n=3)
     theirs = draw(
         models / "tiny-sd", PROMPT, scheduler_name=scheduler, seeds=[11, 12, 13], num_inference_steps=5,

@@ -42,7 +42,7 @@ class Control:
 
 @asynccontextmanager
 async def open_control(
-    peer: Peer, units: Sequence[diffusion_service_pb2.ControlUnit], embeddings: Array, timeout: float
+    peer: Peer, units: Sequence[diffusion_service_pb2.ControlUnit], embeddings: Array, timeout_seconds: float
 ) -> AsyncIterator[Control]:
     """Start a session for every unit; what doesn't change from step to step is sent now, once."""
     stub = rpc.ControlNetServiceStub(peer.channel)
@@ -55,7 +55,7 @@ async def open_control(
             )
             await session.send(pb.ControlRequest(start=start))
             sessions.append(session)
-        yield Control(sessions, peer, timeout)
+        yield Control(sessions, peer, timeout_seconds)
 
 
 def _residuals(answer: pb.ControlResponse) -> Residuals:

@@ -24,7 +24,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 )
 from diffusers.utils import logging as diffusers_logging
 
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import Residuals, SampleInputs
@@ -101,7 +101,7 @@ class TorchRun:
         """As StableDiffusionPipeline's progress bar counts: warm-up evaluations aside, ``order`` to a step."""
         if self._done == self.evaluations:
             return self._steps
-        order = self._components.scheduler.order
+        order: int = self._components.scheduler.order
         warmup = max(self.evaluations - self._steps * order, 0)
         return max(self._done - warmup, 0) // order
 
@@ -225,14 +225,24 @@ class TorchDiffusion:
     def load(self, name: str) -> TorchDiffusionModel:
         folder = self._repository.folders()[name]
         unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
-        cls = getattr(diffusers, folder.config["scheduler"][1])
-        return TorchDiffusionModel(unet, cls.from_pretrained(folder.path / "scheduler"), _scale_factor(folder))
+        scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
+        return TorchDiffusionModel(unet, scheduler, _scale_factor(folder))
+
+
+def _scheduler_class(folder: ModelFolder) -> Any:
+    """The class that the folder names, if it is one of diffusers' schedulers and nothing else of the library."""
+    name = folder.config["scheduler"][1]
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise FailedPrecondition(f"model {folder.name}: diffusers has no scheduler {name}")
+    return cls
 
 
 def _scale_factor(folder: ModelFolder) -> int:
     """Pixels a latent spans, as diffusers derives it from the VAE's configuration."""
     blocks: list[int] = folder.read("vae", "config.json")["block_out_channels"]
-    return 2 ** (len(blocks) - 1)
+    factor: int = 2 ** (len(blocks) - 1)
+    return factor
 
 
 def _card(folder: ModelFolder) -> ModelCard:

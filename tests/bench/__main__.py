@@ -1,0 +1,45 @@
+"""``make bench``: run the benchmarks, print the table, write the JSON file."""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> None:
+    """Measure all, or those that are named."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("names", nargs="*", help="latency, hops, memory; none: all")
+    options = parser.parse_args()
+
+    from tests.bench import hops, latency, memory, models
+    from tests.bench.harness import HEADER, Figure
+
+    print(HEADER)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "models")
+        models.build(root)
+        benches = {
+            "latency": lambda: latency.measure(root, options.rounds),
+            "hops": lambda: hops.measure(Path(folder), options.rounds),
+            "memory": lambda: memory.measure(root, max(2, options.rounds // 3)),
+        }
+        for name in options.names or benches:
+            for figure in benches[name]():
+                figures.append(figure)
+                print(figure.row(), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    options.out.write_text(json.dumps({"machine": machine, "figures": [one.as_json() for one in figures]}, indent=2))
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Arms interleaved in one run, compared pair by pair, so that what else the machine does hits all of them alike."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure: the median of ``samples``, its quartiles, and what it should be."""
+
+    name: str
+    unit: str
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+    samples: int
+    target: str = ""
+
+    @classmethod
+    def of(cls, name: str, samples: Sequence[float], unit: str, target: str = "") -> "Figure":
+        low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+        return cls(name, unit, median, low, high, len(samples), target)
+
+    def row(self) -> str:
+        spread = f"{self.low:.3f} .. {self.high:.3f}"
+        return f"{self.name:<58} {self.median:>9.3f} {self.unit:<6} {spread:>20} {self.samples:>4}  {self.target}"
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+HEADER = f"{'figure':<58} {'median':>9} {'unit':<6} {'quartiles':>20} {'n':>4}  target"
+
+
+def interleave(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every arm in every round; each round runs the arms in the opposite order of the one before."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for name in names:
+        arms[name]()  # warm up
+    for _ in range(rounds):
+        for name in names:
+            start = perf_counter()
+            arms[name]()
+            seconds[name].append(perf_counter() - start)
+        names.reverse()
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
+    """The first arm's time over the second's, a round each."""
+    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
