@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +16,9 @@ from imagemesh_runtime.config import ModelServerConfig
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.server import MeshServer
+
+# The path of a Unix socket has at most 107 bytes, and ours ends in /imagemesh-12345678/text-encoder.sock.
+LONGEST_PARENT = 70
 
 
 class MeshHost:
@@ -30,6 +33,7 @@ class MeshHost:
         self._configs = {config.SERVICE: config for config in services}
         self._gateway_config = gateway
         self._stack = AsyncExitStack()
+        self._folder: TemporaryDirectory[str] | None = None
         self.services: dict[str, MeshServer] = {}
         self.gateway: MeshServer
         # As bound: ``host:port``.
@@ -47,7 +51,9 @@ class MeshHost:
     async def __aenter__(self) -> Self:
         require_free("gateway", self._gateway_config.listen, self._gateway_config.http_listen)
         async with AsyncExitStack() as stack:
-            folder = stack.enter_context(TemporaryDirectory(prefix="imagemesh-"))
+            parent = gettempdir() if len(gettempdir()) <= LONGEST_PARENT else "/tmp"  # noqa: S108
+            self._folder = TemporaryDirectory(prefix="imagemesh-", dir=parent, ignore_cleanup_errors=True)
+            folder = stack.enter_context(self._folder)
             lane = Lane("mesh")
             stack.callback(lane.close)
             addresses = {name: f"unix:{os.path.join(folder, name)}.sock" for name in self._configs}
@@ -63,6 +69,11 @@ class MeshHost:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    def abandon(self) -> None:
+        """Leave nothing on the disk; for a process that ends without waiting for calls under way."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
     async def _start_gateway(self, config: GatewayConfig, stack: AsyncExitStack) -> None:
         gateway = GATEWAY.create(config)

@@ -5,13 +5,14 @@ import json
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from imagemesh_cli.host import MeshHost, require_free
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
 from imagemesh_runtime.lanes import Lane
-from imagemesh_runtime.server import stop_signal
 from imagemesh_runtime.service import set_process_defaults
+
+EXIT_INTERRUPTED = 130
 
 
 def up(args: Namespace) -> int:
@@ -22,7 +23,7 @@ def up(args: Namespace) -> int:
 
 
 async def _up(host: MeshHost, as_json: bool) -> None:
-    told = stop_signal()
+    told = _stop_signal(host.abandon)
     async with host:
         metrics = {name: server.metrics_http.address for name, server in host.services.items()}
         metrics["gateway"] = host.gateway.metrics_http.address
@@ -33,7 +34,7 @@ async def _up(host: MeshHost, as_json: bool) -> None:
             for name, address in metrics.items():
                 print(f"  metrics  http://{address}/metrics  {name}")
             print("Ctrl-C stops it.", flush=True)
-        await _first(told)
+        await told.wait()
 
 
 def _gateway(args: Namespace) -> Mapping[str, str]:
@@ -54,7 +55,7 @@ def serve(args: Namespace) -> int:
 
 
 async def _serve(args: Namespace) -> None:
-    told = stop_signal()
+    told = _stop_signal()
     is_gateway = args.service == "gateway"
     room = GATEWAY if is_gateway else SERVICES[args.service]
     settings = {**dict(args.set), **_given(args, "listen", "models", "backend")}
@@ -67,7 +68,7 @@ async def _serve(args: Namespace) -> None:
         await server.start()
         http = f", HTTP on http://{server.http_address}" if is_gateway else ""
         print(f"{args.service} listens on {server.address}{http}", flush=True)
-        await _first(told)
+        await told.wait()
     finally:
         await server.stop()
 
@@ -76,8 +77,16 @@ def _given(args: Namespace, *names: str) -> dict[str, str]:
     return {name: str(value) for name in names if (value := getattr(args, name)) is not None}
 
 
-async def _first(told: asyncio.Event) -> None:
-    """Wait for the first signal; a second one ends the process at once."""
-    await told.wait()
+def _stop_signal(abandon: Callable[[], None] = lambda: None) -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; a second one calls ``abandon`` and ends the process at once."""
+    told = asyncio.Event()
+
+    def handle() -> None:
+        if told.is_set():
+            abandon()
+            os._exit(EXIT_INTERRUPTED)  # gRPC's servers don't survive the interpreter's orderly end while calls go on
+        told.set()
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().remove_signal_handler(name)
+        asyncio.get_running_loop().add_signal_handler(name, handle)
+    return told

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from urllib.request import urlopen
 
 import grpc
 import numpy as np
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from imagemesh_cli.host import MeshHost
@@ -35,10 +37,11 @@ def fake_mesh(**gateway: str) -> MeshHost:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the mesh makes its folder; its sockets' paths must be short."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the mesh makes its folder; pytest's own paths are too long for a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 async def test_a_prompt_comes_out_as_the_picture_worked_out_by_hand() -> None:
@@ -74,6 +77,17 @@ async def test_services_listen_where_no_other_user_can_enter(temporary: Path) ->
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
         assert {server.address for server in mesh.services.values()} == {f"unix:{folder}/{name}.sock" for name in NAMES}
     assert os.listdir(temporary) == []
+
+
+async def test_sockets_have_short_paths_even_where_temporary_files_have_long_ones(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = temporary / ("long" * 25)
+    os.mkdir(long)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    async with fake_mesh() as mesh, AsyncClient(mesh.grpc_address) as client:
+        assert (await client.models()).unreachable == ()
+    assert os.listdir(long) == []
 
 
 async def test_all_services_share_one_compute_thread() -> None:
@@ -126,9 +140,12 @@ async def test_a_taken_port_is_told_and_leaves_nothing_behind(temporary: Path, f
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+def running(
+    *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", "imagemesh_cli.main", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, **environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         try:
             yield process
         finally:
@@ -147,6 +164,28 @@ def test_up_serves_until_it_is_told_to_stop(name: str) -> None:
         process.send_signal(getattr(signal, name))
         rest, complaints = process.communicate(timeout=60)
     assert (process.returncode, rest, complaints) == (0, "", "")
+
+
+def test_a_second_signal_ends_up_while_a_call_goes_on(temporary: Path) -> None:
+    silent = threading.Event()
+
+    def questions() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        silent.wait()
+
+    arguments = ("up", "--backend", "fake", "--grpc-port", "0", "--http-port", "0", "--json")
+    with running(*arguments, environment={"TMPDIR": str(temporary)}) as process:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["grpc"]
+        assert os.listdir(temporary) != []
+        with grpc.insecure_channel(address) as channel:
+            answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(questions())
+            assert next(answers).list_services_response.service
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            _, complaints = process.communicate(timeout=20)  # the grace for calls under way is 30 s
+        silent.set()
+    assert (process.returncode, complaints, os.listdir(temporary)) == (130, "", [])
 
 
 def test_up_says_where_it_listens() -> None:
