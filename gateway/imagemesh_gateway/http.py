@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from google.protobuf.json_format import MessageToDict
+from google.rpc import error_details_pb2
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -133,8 +134,9 @@ async def _on_mesh_error(request: Request, error: Exception) -> Response:
     retry_after = error.retry_after()
     headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
     body: dict[str, object] = {"code": error.code.name, "message": str(error)}
-    if isinstance(error, InvalidArgument):
-        body["field"] = error.field
+    for detail in error.details():
+        if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
+            body["field"] = detail.field_violations[0].field
     return JSONResponse({"error": body}, http_status(error.code), headers)
 
 

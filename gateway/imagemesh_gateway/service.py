@@ -26,6 +26,7 @@ class GatewayServer(MeshServer):
         )
         app = create_app(mesh, metrics, lambda: self._ready, config.request_timeout_seconds)
         host, _, port = config.http_listen.rpartition(":")
+        host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
         self._http = _EmbeddedUvicorn(
             uvicorn.Config(
                 BodyLimit(app, config.max_http_body_bytes), host=host, port=int(port), lifespan="off", log_config=None,
@@ -38,7 +39,7 @@ class GatewayServer(MeshServer):
     def http_address(self) -> str:
         """``host:port`` of the HTTP face, as bound."""
         host, port = self._http.servers[0].sockets[0].getsockname()[:2]
-        return f"{host}:{port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def start(self) -> None:
         """Bind both faces; ready when both listen."""
@@ -64,7 +65,10 @@ class _EmbeddedUvicorn(uvicorn.Server):
         self._listening = asyncio.Event()
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
+        try:
+            await super().startup(sockets)  # type: ignore[arg-type]
+        except SystemExit as error:  # uvicorn's way to say that the address can't be bound
+            raise OSError(f"cannot listen on {self.config.host}:{self.config.port}") from error
         self._listening.set()
 
     @contextmanager
@@ -77,7 +81,8 @@ class _EmbeddedUvicorn(uvicorn.Server):
         await asyncio.wait((listening, serving), return_when=asyncio.FIRST_COMPLETED)
         listening.cancel()
         if serving.done():
-            raise OSError(f"cannot listen on {self.config.host}:{self.config.port}") from serving.exception()
+            await serving
+            raise RuntimeError("the HTTP server ended before it listened")
 
 
 def create(config: GatewayConfig) -> GatewayServer:

@@ -166,13 +166,21 @@ class RemoteError(MeshError):
         self.code = CODES.get(status.code, grpc.StatusCode.UNKNOWN)
         super().__init__(status.message)
 
+    def details(self) -> Sequence[Message]:
+        """The peer's details, as far as their types are google.rpc's own."""
+        found: list[Message] = []
+        for detail in self.status.details:
+            cls = getattr(error_details_pb2, detail.TypeName().removeprefix("google.rpc."), None)
+            if cls is not None and detail.Unpack(message := cls()):
+                found.append(message)
+        return found
+
     def to_status(self) -> status_pb2.Status:
         return self.status
 
     def retry_after(self) -> float | None:
-        for detail in self.status.details:
-            info = error_details_pb2.RetryInfo()
-            if detail.Unpack(info):
+        for info in self.details():
+            if isinstance(info, error_details_pb2.RetryInfo):
                 return max(float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9), 0.0)
         return None
 

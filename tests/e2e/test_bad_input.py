@@ -208,3 +208,16 @@ async def test_an_unknown_field_of_the_protocol_is_ignored_and_an_empty_request_
         request = pb.GenerateRequest.FromString(b"\xf8\x3f\x01")  # field 1023
         kinds = [event.WhichOneof("event") async for event in stub.Generate(request)]
     assert kinds[-1] == "result"
+
+
+def test_http_names_the_field_also_where_a_service_refused(mesh: MeshHost) -> None:
+    long = {"prompt": "x", "negative_prompt": "y" * 20_000}
+    error = httpx.post(f"http://{mesh.http_address}/v1/generate", json=long).json()["error"]
+    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "negative_prompt")
+
+
+def test_details_of_a_remote_error_are_unpacked(client: Client) -> None:
+    with pytest.raises(MeshError) as caught:
+        client.generate("x", clip_skip=9)
+    (detail,) = caught.value.details()
+    assert detail.field_violations[0].field == "clip_skip"  # type: ignore[attr-defined]
