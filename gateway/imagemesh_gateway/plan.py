@@ -12,6 +12,7 @@ from imagemesh_runtime.limits import (
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
+    check_pixels,
     check_prompt,
     check_range,
     check_size,
@@ -72,6 +73,8 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     height = request.height or int(model.properties["height"])
     check_size("width", width, multiple)
     check_size("height", height, multiple)
+    seeds = _seeds(request)
+    check_pixels("num_images", len(seeds), width, height)
     return Plan(
         id=secrets.token_hex(8),
         model=model.name,
@@ -83,7 +86,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         guidance_scale=guidance,
         scheduler=request.scheduler,
         clip_skip=request.clip_skip,
-        seeds=_seeds(request),
+        seeds=seeds,
         controls=await _controls(request, mesh),
     )
 

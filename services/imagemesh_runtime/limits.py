@@ -8,6 +8,8 @@ MAX_PROMPT_CHARACTERS: Final = 10_000
 MAX_STEPS: Final = 1000
 MAX_SIDE: Final = 4096  # pixels
 MAX_IMAGES: Final = 64  # pictures a request
+# All of a request's pictures together: 64 of 1024 x 1024, or 4 of 4096 x 4096.
+MAX_REQUEST_PIXELS: Final = 1 << 26
 MAX_CONTROLS: Final = 8
 MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**63 - 1
@@ -24,6 +26,13 @@ def check_size(field: str, pixels: int, multiple: int) -> None:
     """Raise InvalidArgument unless ``pixels`` is a possible side of a picture."""
     if pixels % multiple or not multiple <= pixels <= MAX_SIDE:
         raise InvalidArgument(field, pixels, f"a multiple of {multiple} from {multiple} to {MAX_SIDE}")
+
+
+def check_pixels(field: str, count: int, width: int, height: int) -> None:
+    """Raise InvalidArgument if so many pictures of that size are more than a request may ask for."""
+    if count * width * height > MAX_REQUEST_PIXELS:
+        got = f"{count} x {width} x {height} = {count * width * height} pixels"
+        raise InvalidArgument(field, got, f"at most {MAX_REQUEST_PIXELS} pixels in all")
 
 
 def check_prompt(field: str, text: str) -> None:

@@ -54,6 +54,11 @@ def client(mesh: MeshHost) -> Iterator[Client]:
         ({"guidance": -1.0}, "INVALID_ARGUMENT", "guidance_scale must be 0 to 100.0"),
         ({"n": 65}, "INVALID_ARGUMENT", "num_images must be 1 to 64, got 65"),
         ({"n": 0}, "INVALID_ARGUMENT", "num_images must be 1 to 64, got 0"),
+        (
+            {"n": 8, "width": 4096, "height": 4096},
+            "INVALID_ARGUMENT",
+            "num_images must be at most 67108864 pixels in all",
+        ),
         ({"seed": 2**63}, "INVALID_ARGUMENT", "seed must be 0 to"),
         ({"clip_skip": 3}, "INVALID_ARGUMENT", "clip_skip must be 0 to 2, got 3"),
         ({"scheduler": "Eular"}, "NOT_FOUND", "scheduler 'Eular' not found; available: DDIM"),

@@ -20,9 +20,8 @@ class SamplerQueue:
         self._present = 0  # waiting and running
         self._seconds_a_run = 1.0  # a running mean, for the retry times of refusals
 
-    @property
-    def ahead(self) -> int:
-        """Generations that a newcomer waits for.
+    def admit(self) -> int:
+        """How many generations a newcomer waits for.
 
         Raises:
             Overloaded: the queue is full.

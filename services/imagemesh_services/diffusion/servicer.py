@@ -17,6 +17,7 @@ from imagemesh_runtime.limits import (
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
+    check_pixels,
     check_range,
     check_size,
 )
@@ -46,7 +47,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         try:
             model = await self._models.get(request.model)
             inputs = _inputs(request, model.scale_factor)
-            yield pb.SampleResponse(queued=pb.SampleQueued(position=self._queue.ahead))
+            yield pb.SampleResponse(queued=pb.SampleQueued(position=self._queue.admit()))
             async with self._queue.turn():
                 with self._metrics.stage.time("sample"):
                     async for event in self._run(request, model, inputs):
@@ -109,6 +110,7 @@ def _inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
     check_range("steps", request.steps, 1, MAX_STEPS)
     check_range("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
     check_range("seeds", len(request.seeds), 1, MAX_IMAGES)
+    check_pixels("seeds", len(request.seeds), request.width, request.height)
     check_range("controls", len(request.controls), 0, MAX_CONTROLS)
     for i, seed in enumerate(request.seeds):
         check_range(f"seeds[{i}]", seed, 0, MAX_SEED)

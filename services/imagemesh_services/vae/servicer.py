@@ -1,5 +1,6 @@
 """Requests to arrays and back."""
 
+import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import numpy as np
 from imagemesh.v1 import vae_service_pb2 as pb
 from imagemesh.v1 import vae_service_pb2_grpc as rpc
 from imagemesh_runtime.batching import Batcher
-from imagemesh_runtime.limits import MAX_IMAGES, check_range, check_size
+from imagemesh_runtime.limits import MAX_IMAGES, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
@@ -24,6 +25,7 @@ class VaeServicer(rpc.VaeServiceServicer):
     def __init__(self, config: VaeConfig, models: LoadedModels[VaeModel], metrics: Metrics) -> None:
         self._models = models
         self._metrics = metrics
+        self._max_rows = config.max_batch
         self.batcher: Batcher[Array, Any] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
@@ -35,7 +37,9 @@ class VaeServicer(rpc.VaeServiceServicer):
         check_range("latents.shape[0]", latents.shape[0], 1, MAX_IMAGES)
         for axis in (2, 3):
             check_size(f"latents.shape[{axis}] in pixels", latents.shape[axis] * model.scale_factor, model.scale_factor)
-        images = await self._submit("decode", request.model, latents, request.memory)
+        height, width = (side * model.scale_factor for side in latents.shape[2:])
+        check_pixels("latents", latents.shape[0], width, height)
+        images = np.concatenate(await self._submit("decode", request.model, latents, request.memory))
         return pb.DecodeLatentsResponse(images=to_proto(images), backend=self._models.backend.name)
 
     async def EncodeImages(self, request: pb.EncodeImagesRequest, context: Any) -> pb.EncodeImagesResponse:
@@ -44,7 +48,9 @@ class VaeServicer(rpc.VaeServiceServicer):
         check_range("images.shape[0]", images.shape[0], 1, MAX_IMAGES)
         for axis in (1, 2):
             check_size(f"images.shape[{axis}]", images.shape[axis], model.scale_factor)
-        mean, log_variance = await self._submit("encode", request.model, images, request.memory)
+        check_pixels("images", images.shape[0], images.shape[2], images.shape[1])
+        parts = await self._submit("encode", request.model, images, request.memory)
+        mean, log_variance = (np.concatenate(part) for part in zip(*parts, strict=True))
         return pb.EncodeImagesResponse(
             mean=to_proto(mean),
             log_variance=to_proto(log_variance),
@@ -52,10 +58,12 @@ class VaeServicer(rpc.VaeServiceServicer):
             shift_factor=model.shift_factor,
         )
 
-    async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> Any:
+    async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> list[Any]:
+        """The results for the rows, in parts: no forward is larger than ``max_batch``, whoever asks."""
         options = MemoryOptions(memory.tiled, memory.sliced)
         key = (verb, model, rows.shape[1:], rows.dtype.name, options)
-        return await self.batcher.submit(key, rows, len(rows))
+        parts = [rows[i : i + self._max_rows] for i in range(0, len(rows), self._max_rows)]
+        return await asyncio.gather(*(self.batcher.submit(key, part, len(part)) for part in parts))
 
     async def _compute(self, key: Hashable, items: Sequence[Array]) -> Results:
         verb, name, _, _, options = cast(tuple[str, str, Any, str, MemoryOptions], key)
