@@ -18,6 +18,7 @@ from imagemesh_runtime.limits import (
     check_size,
 )
 
+# For models that don't say what suits them.
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 7.5
 
@@ -63,11 +64,13 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     """
     check_prompt("prompt", request.prompt)
     check_prompt("negative_prompt", request.negative_prompt)
-    steps = request.steps if request.HasField("steps") else DEFAULT_STEPS
-    check_range("steps", steps, 1, MAX_STEPS)
-    guidance = request.guidance_scale if request.HasField("guidance_scale") else DEFAULT_GUIDANCE
-    check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
+    default_steps = int(model.properties.get("steps", DEFAULT_STEPS))
+    default_guidance = float(model.properties.get("guidance_scale", DEFAULT_GUIDANCE))
+    steps = request.steps if request.HasField("steps") else default_steps
+    check_range("steps", steps, 1, MAX_STEPS)
+    guidance = request.guidance_scale if request.HasField("guidance_scale") else default_guidance
+    check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
     multiple = int(model.properties["multiple"])
     width = request.width or int(model.properties["width"])
     height = request.height or int(model.properties["height"])

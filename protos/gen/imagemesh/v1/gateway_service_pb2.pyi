@@ -46,9 +46,9 @@ class GenerateRequest(_message.Message):
     """Pixels; 0: the model's default."""
     height: _builtins.int
     steps: _builtins.int
-    """Absent: 20."""
+    """Absent: what suits the model, 20 if it doesn't say."""
     guidance_scale: _builtins.float
-    """Absent: 7.5."""
+    """Absent: what suits the model, 7.5 if it doesn't say."""
     scheduler: _builtins.str
     """"Euler a", "DPM++ 2M Karras"..., or a diffusers class name; empty: the model's own."""
     seed: _builtins.int

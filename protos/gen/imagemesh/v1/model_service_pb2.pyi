@@ -97,7 +97,9 @@ class ModelInfo(_message.Message):
     loaded: _builtins.bool
     @_builtins.property
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Facts a client may want, by role: "width" and "height" (pixels) of the default picture, "labels" (count), "class"."""
+        """Facts a client may want, by role: "width" and "height" (pixels) of the default picture, "multiple" (of which sizes
+        are), "steps" and "guidance_scale" that suit the model, "labels" (count), "class".
+        """
 
     def __init__(
         self,

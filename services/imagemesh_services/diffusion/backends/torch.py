@@ -246,8 +246,10 @@ def _scale_factor(folder: ModelFolder) -> int:
 
 
 def _card(folder: ModelFolder) -> ModelCard:
+    """The picture's size, and what suits the model as far as an ``imagemesh.json`` in its folder says so."""
     scale = _scale_factor(folder)
-    side = str(folder.read("unet", "config.json")["sample_size"] * scale)
-    return ModelCard(
-        folder.name, {"class": folder.config["_class_name"], "width": side, "height": side, "multiple": str(scale)}
-    )
+    side = folder.read("unet", "config.json")["sample_size"] * scale
+    suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
+    properties = {"class": folder.config["_class_name"], "width": side, "height": side, "multiple": scale}
+    properties |= {name: suits[name] for name in ("steps", "guidance_scale") if name in suits}
+    return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})
