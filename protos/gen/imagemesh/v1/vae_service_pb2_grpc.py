@@ -52,13 +52,14 @@ class VaeServiceServicer:
     """
 
     def DecodeLatents(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Turns latents into pictures, one a row.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EncodeImages(self, request, context):
-        """Answers the posterior, not a sample of it: randomness has one owner, the sampler.
+        """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,8 +34,9 @@ class VaeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VaeServiceAsyncStub: ...
     DecodeLatents: _grpc.UnaryUnaryMultiCallable[_vae_service_pb2.DecodeLatentsRequest, _vae_service_pb2.DecodeLatentsResponse]
+    """Turns latents into pictures, one a row."""
     EncodeImages: _grpc.UnaryUnaryMultiCallable[_vae_service_pb2.EncodeImagesRequest, _vae_service_pb2.EncodeImagesResponse]
-    """Answers the posterior, not a sample of it: randomness has one owner, the sampler."""
+    """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
 
 @_typing.type_check_only
 class VaeServiceAsyncStub(VaeServiceStub):
@@ -43,8 +44,9 @@ class VaeServiceAsyncStub(VaeServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     DecodeLatents: _aio.UnaryUnaryMultiCallable[_vae_service_pb2.DecodeLatentsRequest, _vae_service_pb2.DecodeLatentsResponse]  # type: ignore[assignment]
+    """Turns latents into pictures, one a row."""
     EncodeImages: _aio.UnaryUnaryMultiCallable[_vae_service_pb2.EncodeImagesRequest, _vae_service_pb2.EncodeImagesResponse]  # type: ignore[assignment]
-    """Answers the posterior, not a sample of it: randomness has one owner, the sampler."""
+    """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
 
 class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Translates between pictures and latents."""
@@ -54,7 +56,8 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _vae_service_pb2.DecodeLatentsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_vae_service_pb2.DecodeLatentsResponse, _abc.Awaitable[_vae_service_pb2.DecodeLatentsResponse]]: ...
+    ) -> _typing.Union[_vae_service_pb2.DecodeLatentsResponse, _abc.Awaitable[_vae_service_pb2.DecodeLatentsResponse]]:
+        """Turns latents into pictures, one a row."""
 
     @_abc_1.abstractmethod
     def EncodeImages(
@@ -62,6 +65,6 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vae_service_pb2.EncodeImagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vae_service_pb2.EncodeImagesResponse, _abc.Awaitable[_vae_service_pb2.EncodeImagesResponse]]:
-        """Answers the posterior, not a sample of it: randomness has one owner, the sampler."""
+        """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
 
 def add_VaeServiceServicer_to_server(servicer: VaeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

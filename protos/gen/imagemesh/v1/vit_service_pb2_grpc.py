@@ -52,13 +52,15 @@ class VitServiceServicer:
     """
 
     def ClassifyImages(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Names what is in pictures: the labels most likely, each with its logit and probability.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedImages(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Turns pictures into vectors.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -34,7 +34,9 @@ class VitServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VitServiceAsyncStub: ...
     ClassifyImages: _grpc.UnaryUnaryMultiCallable[_vit_service_pb2.ClassifyImagesRequest, _vit_service_pb2.ClassifyImagesResponse]
+    """Names what is in pictures: the labels most likely, each with its logit and probability."""
     EmbedImages: _grpc.UnaryUnaryMultiCallable[_vit_service_pb2.EmbedImagesRequest, _vit_service_pb2.EmbedImagesResponse]
+    """Turns pictures into vectors."""
 
 @_typing.type_check_only
 class VitServiceAsyncStub(VitServiceStub):
@@ -42,7 +44,9 @@ class VitServiceAsyncStub(VitServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ClassifyImages: _aio.UnaryUnaryMultiCallable[_vit_service_pb2.ClassifyImagesRequest, _vit_service_pb2.ClassifyImagesResponse]  # type: ignore[assignment]
+    """Names what is in pictures: the labels most likely, each with its logit and probability."""
     EmbedImages: _aio.UnaryUnaryMultiCallable[_vit_service_pb2.EmbedImagesRequest, _vit_service_pb2.EmbedImagesResponse]  # type: ignore[assignment]
+    """Turns pictures into vectors."""
 
 class VitServiceServicer(metaclass=_abc_1.ABCMeta):
     """Understands pictures with a Vision Transformer (https://arxiv.org/abs/2010.11929)."""
@@ -52,13 +56,15 @@ class VitServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _vit_service_pb2.ClassifyImagesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_vit_service_pb2.ClassifyImagesResponse, _abc.Awaitable[_vit_service_pb2.ClassifyImagesResponse]]: ...
+    ) -> _typing.Union[_vit_service_pb2.ClassifyImagesResponse, _abc.Awaitable[_vit_service_pb2.ClassifyImagesResponse]]:
+        """Names what is in pictures: the labels most likely, each with its logit and probability."""
 
     @_abc_1.abstractmethod
     def EmbedImages(
         self,
         request: _vit_service_pb2.EmbedImagesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_vit_service_pb2.EmbedImagesResponse, _abc.Awaitable[_vit_service_pb2.EmbedImagesResponse]]: ...
+    ) -> _typing.Union[_vit_service_pb2.EmbedImagesResponse, _abc.Awaitable[_vit_service_pb2.EmbedImagesResponse]]:
+        """Turns pictures into vectors."""
 
 def add_VitServiceServicer_to_server(servicer: VitServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
