@@ -1,12 +1,13 @@
 """Requests to arrays and back."""
 
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument, Overloaded
-from imagemesh_runtime.limits import MAX_CONTROL_SCALE, check_range, check_size
+from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, from_proto, require_finite, to_proto
@@ -51,6 +52,9 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             check_size(f"start.image.shape[{axis}]", image.shape[axis], 8)
         field = "start.encoder_hidden_states"
         embeddings = from_proto(start.encoder_hidden_states, field, dtypes=FLOATS, shape=(None, None, None))
+        rows = len(embeddings)
+        check_range(f"{field}.shape[0]", rows, 1, 2 * MAX_IMAGES)  # with guidance a picture has two
+        check_pixels(field, (rows + 1) // 2, image.shape[1], image.shape[0])
         inputs = ControlInputs(image, require_finite(embeddings, field), start.scale)
         return await self._models.lane.run(model.start, inputs)
 
@@ -59,6 +63,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             raise InvalidArgument("message", "step", "start before the first step")
         shape = (None, None, None, None)
         sample = require_finite(from_proto(step.sample, "step.sample", dtypes=FLOATS, shape=shape), "step.sample")
+        if not math.isfinite(step.timestep):
+            raise InvalidArgument("step.timestep", step.timestep, "finite")
         with self._metrics.step.time(), self._metrics.stage.time("control"):
             down, mid = await self._models.lane.run(run.residuals, sample, step.timestep)
         self._metrics.batch_size.observe(len(sample))
