@@ -1,8 +1,8 @@
 """Channels to other services: limits, trace, deadline and errors, the same for every call."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
@@ -17,12 +17,14 @@ from imagemesh_runtime.context import current_call, parse_server_timing
 from imagemesh_runtime.errors import DeadlineExceeded, MeshError, RemoteError, Unavailable
 
 Response = TypeVar("Response", bound=Message)
+T = TypeVar("T")
 
 # What of the remaining time is kept for telling the caller which service was late.
 _MARGIN = 0.1
 _MARGIN_MIN, _MARGIN_MAX = 0.02, 1.0
 # How long a peer may take to end a conversation that has been said good-bye to.
 _PARTING_SECONDS = 1.0
+_WRITE_FAILED = "Internal error from Core"  # grpcio's own words
 
 
 @dataclass
@@ -115,12 +117,18 @@ class Peer:
             raise Unavailable(self.name, "the channel to it was closed") from error
 
     def timeout(self) -> float:
-        """Seconds to give a call: what is left to the current one, less a margin to report in."""
+        """Seconds to give a call: what is left to the current one, less a margin to report in.
+
+        Raises:
+            DeadlineExceeded: nothing is left.
+        """
         remaining = current_call().remaining()
         if remaining is None:
             return self._timeout
-        margin = min(max(remaining * _MARGIN, _MARGIN_MIN), _MARGIN_MAX)
-        return max(min(self._timeout, remaining - margin), 0.0)
+        remaining -= min(max(remaining * _MARGIN, _MARGIN_MIN), _MARGIN_MAX)
+        if remaining <= 0:
+            raise DeadlineExceeded(self.name, "no time was left to ask it")
+        return min(self._timeout, remaining)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Headers that tie the call to the current one's trace."""
@@ -140,6 +148,9 @@ class Session(Generic[Response]):
     def __init__(self, peer: Peer, call: Any) -> None:
         self._peer = peer
         self._call = call
+        self._end: grpc.aio.AioRpcError | None = None
+        self._ended = asyncio.Event()
+        call.add_done_callback(self._note_end)
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,11 +160,10 @@ class Session(Generic[Response]):
     ) -> None:
         try:
             if kind is None and not self._call.done():
-                async with asyncio.timeout(_PARTING_SECONDS):
-                    await self._call.done_writing()
-                    await self._call.code()
-        except TimeoutError:
-            pass  # a peer that goes on talking
+                with suppress(TimeoutError):  # of a peer that goes on talking
+                    async with asyncio.timeout(_PARTING_SECONDS):
+                        await self._call.done_writing()
+                        await self._ended.wait()
         finally:
             self._call.cancel()
 
@@ -163,28 +173,52 @@ class Session(Generic[Response]):
         Raises:
             MeshError: the call has ended, as the peer's status has it.
         """
-        try:
-            with self._peer.failures():
-                await self._call.write(message)
-        except asyncio.InvalidStateError as error:
-            raise await self._ended() from error
+        await self._attempt(self._call.write(message))
 
     async def ask(self, message: Message) -> Response:
         """Say something and wait for the answer; errors as ``send``."""
         await self.send(message)
-        with self._peer.failures():
-            answer: Response = await self._call.read()
+        answer: Response = await self._attempt(self._call.read())
         if answer is grpc.aio.EOF:
-            raise await self._ended()
+            raise await self._reason()
         return answer
 
-    async def _ended(self) -> MeshError:
-        """Why there is no more to say or to hear."""
-        code, details = await self._call.code(), await self._call.details()
-        if code is grpc.StatusCode.OK:
+    async def _attempt(self, operation: Awaitable[Any]) -> Any:
+        try:
+            with self._peer.failures():
+                return await operation
+        except asyncio.InvalidStateError as error:  # what a write to a call that has ended raises
+            raise await self._reason() from error
+        except MeshError as error:
+            if isinstance(error.__cause__, grpc.aio.AioRpcError):
+                raise await self._reason() from error.__cause__
+            raise
+
+    def _note_end(self, call: Any) -> None:
+        """Keep the peer's status: a write that fails later puts one of its own in the place of it."""
+        code, details, trailing = _now(call.code()), _now(call.details()), _now(call.trailing_metadata())
+        if details != _WRITE_FAILED:
+            self._end = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+            self._ended.set()
+
+    async def _reason(self) -> MeshError:
+        """Why there is no more to say or to hear, as the peer's status has it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PARTING_SECONDS):
+                await self._ended.wait()
+        if self._end is None or self._end.code() is grpc.StatusCode.OK:
             return Unavailable(self._peer.name, "it ended the session")
-        trailing = await self._call.trailing_metadata()
-        return translate(self._peer.name, self._peer.address, grpc.aio.AioRpcError(code, (), trailing, details))
+        return translate(self._peer.name, self._peer.address, self._end)
+
+
+def _now(answer: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine that need not wait returns."""
+    try:
+        answer.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise RuntimeError("the call has not ended")
 
 
 def translate(service: str, address: str, error: grpc.aio.AioRpcError) -> MeshError:

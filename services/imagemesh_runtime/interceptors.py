@@ -43,6 +43,8 @@ _KINDS = {
 }
 # A client gives up when its own clock says so, a little before the deadline that it sent: gRPC rounds that one up.
 _EARLY_SECONDS, _EARLY_SHARE = 0.05, 0.02
+# When a client goes, gRPC first ends the requests, as if it had said all, and just after that cancels the servicer.
+_CANCEL_LAG_SECONDS = 0.002
 
 
 @dataclass
@@ -272,6 +274,7 @@ class _Wire:
     async def _requests(self, data: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for one in data:
             yield self.decode(one)
+        await asyncio.sleep(_CANCEL_LAG_SECONDS)
 
 
 @asynccontextmanager

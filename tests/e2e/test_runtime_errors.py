@@ -29,16 +29,24 @@ SECRET = "/etc/passwd of the database"
 
 
 def raising(error: BaseException) -> Echo:
-    """Every method raises ``error``; the streams do so after a message."""
+    """Every method raises ``error``: after a message where it sends a stream, after the last where it hears one."""
 
     async def unary(request, context):
         raise error
 
-    async def stream(request, context):
+    async def client_stream(requests, context):
+        [_ async for _ in requests]
+        raise error
+
+    async def server_stream(request, context):
         yield HELLO
         raise error
 
-    return Echo(unary=unary, client_stream=unary, server_stream=stream, bidi_stream=stream)
+    async def bidi_stream(requests, context):
+        yield HELLO
+        await client_stream(requests, context)
+
+    return Echo(unary=unary, client_stream=client_stream, server_stream=server_stream, bidi_stream=bidi_stream)
 
 
 async def fails(stub: EchoStub, kind: str) -> grpc.aio.AioRpcError:
@@ -162,14 +170,21 @@ async def test_a_method_that_a_servicer_leaves_out_is_unimplemented() -> None:
     assert "DecodeLatents" in caught.value.details()
 
 
-@pytest.mark.parametrize("method", ["raw_unary", "raw_client_stream"])
-async def test_bytes_that_are_no_message_are_an_invalid_argument(method: str) -> None:
-    garbage = b"\xff" * 10
-    async with echoing() as (_, stub):
+async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
+    async with echoing() as (server, stub):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await (stub.raw_unary(garbage) if method == "raw_unary" else stub.raw_client_stream(iter([garbage])))
+            await stub.raw_unary(b"\xff" * 10)
         assert await stub.unary(HELLO) == HELLO
+        await handled(server, "unary/Unary", "INVALID_ARGUMENT")
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_bytes_in_a_stream_that_are_no_message_are_counted_as_an_invalid_argument() -> None:
+    async with echoing() as (server, stub):
+        call = stub.raw_client_stream()
+        await call.write(b"\xff" * 10)
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await handled(server, "client_stream/ClientStream", "INVALID_ARGUMENT")
 
 
 async def test_a_message_over_the_limit_is_refused_and_the_server_lives_on() -> None:
@@ -213,6 +228,7 @@ async def test_a_code_that_the_servicer_aborts_with_or_sets_is_kept_and_counted(
         await context.abort(grpc.StatusCode.ALREADY_EXISTS, "twice")
 
     async def set_code(requests, context):
+        [_ async for _ in requests]
         context.set_code(grpc.StatusCode.DATA_LOSS)
         context.set_details("gone")
         return StringValue()

@@ -76,10 +76,10 @@ class EchoStub:
 
 
 @asynccontextmanager
-async def serving(echo: Echo | None = None, **settings: Any) -> AsyncIterator[MeshServer]:
+async def serving(echo: Echo | None = None, service: str = "echo", **settings: Any) -> AsyncIterator[MeshServer]:
     """A ready server of the echo service, stopped at the end."""
     config = ServerConfig(**{"max_message_bytes": LIMIT, "drain_grace_seconds": 5.0, **settings})
-    server = MeshServer(config, Metrics("echo"))
+    server = MeshServer(config, Metrics(service))
     server.add(add_echo, echo or Echo(), NAME)
     await server.start()
     await server.set_ready()
