@@ -81,9 +81,12 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 def set_process_defaults(log_level: str = "INFO") -> None:
     """Settings of the whole process, made before any library that reads them is imported.
 
-    Idle OpenMP threads would otherwise spin, and two processes on the same cores slow each other several-fold.
+    Idle OpenMP threads would otherwise spin, and two processes on the same cores slow each other several-fold; and
+    transformers would write advice and progress bars of its own into a server's log.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
