@@ -59,7 +59,7 @@ class GatedDiffusion(FakeDiffusion):
 
 @pytest.fixture
 async def service() -> AsyncIterator[tuple[ModelServer[DiffusionModel], Gate, Metrics, Lane]]:
-    config = DiffusionConfig(listen="127.0.0.1:0", backend="fake", drain_grace_seconds=1)
+    config = DiffusionConfig(listen="127.0.0.1:0", backend="fake", drain_grace_seconds=1, max_batch=1)
     backend, lane, metrics = GatedDiffusion(config), Lane("test"), Metrics("diffusion")
     backend.gate = Gate()
     models: LoadedModels[DiffusionModel] = LoadedModels(backend, lane, metrics)
@@ -110,8 +110,9 @@ async def test_a_cancelled_neighbour_in_the_queue_leaves_the_running_one_whole(
     server, gate, metrics, _ = service
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = rpc.DiffusionServiceStub(channel)
-        running, waiting = stub.Sample(request(steps=3)), stub.Sample(request(steps=50))
+        running = stub.Sample(request(steps=3))
         assert await asyncio.to_thread(gate.entered.acquire, timeout=30)
+        waiting = stub.Sample(request(steps=50))
         assert (await waiting.read()).WhichOneof("event") == "queued"
         waiting.cancel()
         await until(metrics, "imagemesh_cancelled_requests_total", 1)

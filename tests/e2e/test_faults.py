@@ -154,11 +154,13 @@ async def test_cancel_frees_the_sampler_and_says_so(mesh: MeshHost) -> None:
 
 async def test_a_waiting_request_that_is_cancelled_never_runs(mesh: MeshHost) -> None:
     async with AsyncClient(mesh.grpc_address) as client:
-        running = client.stream("x", steps=400, seed=1, scheduler="DDIM")
+        # As many pictures as fill the engine's batch, so that the next one waits.
+        running = client.stream("x", steps=400, seed=1, n=16, scheduler="DDIM")
         await anext(running)
         await anext(running)
         waiting = client.stream("y", steps=100, seed=2, scheduler="DDIM")
-        assert (await anext(waiting)).position == 1  # type: ignore[union-attr]
+        assert (await anext(waiting)).position == 0  # type: ignore[union-attr]
+        await until(lambda: sample(mesh, "imagemesh_pending_requests") == 1)
         before = sample(mesh, "imagemesh_queue_wait_seconds_count")
         await waiting.aclose()
         await until(lambda: sample(mesh, "imagemesh_pending_requests") == 0)

@@ -1,6 +1,6 @@
 """The seam between the diffusion service and what runs the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -55,15 +55,14 @@ class Run(Protocol):
     # Forward passes of the model in all, and the steps that the user counts them as.
     evaluations: int
     scheduler: str
+    # Runs of one model whose keys are equal can share a forward: shapes and dtypes of all inputs of the model.
+    key: Hashable
 
     def embeddings(self) -> Array:
         """float [rows, tokens, width]: the rows' prompt embeddings."""
 
     def model_input(self) -> tuple[Array, float]:
         """The rows as the model gets them at the next evaluation, [rows, channels, h, w], and the timestep."""
-
-    def advance(self, residuals: Residuals | None) -> None:
-        """Do the next evaluation."""
 
     def steps_done(self) -> int:
         """Steps behind, as the user counts them."""
@@ -82,6 +81,12 @@ class DiffusionModel(Protocol):
 
         Raises:
             InvalidArgument: the conditioning doesn't fit the model, or the scheduler doesn't take so many steps.
+        """
+
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+        """Do the next evaluation of each run, all in one forward; the runs' keys are equal.
+
+        Answers what went wrong, a run each: one run's fault (an exception, NaN) is its own, and the others advance.
         """
 
 

@@ -13,6 +13,8 @@ class DiffusionConfig(ModelServerConfig):
     SERVICE: ClassVar[str] = "diffusion"
     listen: str = "127.0.0.1:50052"
     max_queue: int = 32
+    # Rows of all running generations together; with guidance a picture has two.
+    max_batch: int = 16
     # Where the ControlNet service is; empty: requests with control units are refused.
     controlnet: str = ""
     # How long one step may wait for a ControlNet's residuals.

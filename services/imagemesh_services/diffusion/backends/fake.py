@@ -6,14 +6,15 @@ embeddings, one column a channel, plus guidance_scale - 1 times its distance fro
 guidance is on, plus the mean of the middle residual. One evaluation is one step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import Residuals, SampleInputs
+from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 
 CHANNELS = 4
@@ -27,6 +28,7 @@ class FakeRun:
         self.evaluations = inputs.steps
         self.scheduler = inputs.scheduler.class_name if inputs.scheduler else "fake"
         self._inputs = inputs
+        self.key = (inputs.width, inputs.height)
         self._done = 0
         starts = np.array([seed % 256 / 256 for seed in inputs.seeds], dtype=np.float32)
         size = (CHANNELS, inputs.height // SCALE, inputs.width // SCALE)
@@ -50,6 +52,7 @@ class FakeRun:
         return rows, float(self.evaluations - self._done)
 
     def advance(self, residuals: Residuals | None) -> None:
+        """The arithmetic of the module's docstring."""
         target = self._target if residuals is None else self._target + residuals.mid.mean()
         self._latents = self._latents + (target - self._latents) / (self.evaluations - self._done)
         self._done += 1
@@ -71,6 +74,11 @@ class FakeDiffusionModel:
         if width != CHANNELS:
             raise InvalidArgument("conditioning['prompt_embeds']", f"width {width}", f"of width {CHANNELS}")
         return FakeRun(inputs)
+
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+        for run, added in zip(runs, residuals, strict=True):
+            cast(FakeRun, run).advance(added)
+        return [None] * len(runs)
 
 
 class FakeDiffusion:

@@ -5,9 +5,10 @@ encoder's pooled output isn't concerned, so those are run.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -27,7 +28,7 @@ from diffusers.utils import logging as diffusers_logging
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import Residuals, SampleInputs
+from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 from imagemesh_services.repository import open_repository
@@ -49,10 +50,12 @@ class TorchRun:
         self._components = components
         self._steps = inputs.steps
         self._done = 0
-        self._prepared: list[Any] | None = None
+        self._passes: list[Any] = []
         self._state = self._begin(inputs)
         self._prompts = self._embeddings(inputs)
         self.evaluations = len(self._state.timesteps)
+        shapes = (self._state.latents.shape[1:], self._prompts["prompt_embeds"].shape[1:])
+        self.key: Hashable = (*shapes, self._state.latents.dtype)
 
     def check_timesteps(self) -> None:
         """With ``steps_offset``, the largest step counts lead past what the model was trained on.
@@ -74,27 +77,30 @@ class TorchRun:
         rows = self._state.scaled_latents.repeat(len(self._prompts), 1, 1, 1)
         return to_numpy(rows), float(timestep)
 
-    @torch.inference_mode()
-    def advance(self, residuals: Residuals | None) -> None:
-        """One tick: scale the latents, one forward for all of the guider's passes, guidance, the scheduler's step."""
+    def begin_step(self) -> "StepRows":
+        """The guider's passes of the next evaluation, as rows of one forward."""
         state, i = self._state, self._done
         timestep = state.timesteps[i]
         _BEFORE_DENOISER(self._components, state, i=i, t=timestep)
         guider = self._components.guider
         guider.set_state(step=i, num_inference_steps=self.evaluations, timestep=timestep)
-        passes = guider.prepare_inputs({"prompt_embeds": tuple(reversed(self._prompts.values()))})
+        self._passes = guider.prepare_inputs({"prompt_embeds": tuple(reversed(self._prompts.values()))})
         # The negative pass comes last from the guider and first in the rows, as in diffusers' classic pipelines.
-        rows = list(reversed(passes))
-        prediction = self._forward(
-            state.scaled_latents.repeat(len(rows), 1, 1, 1),
-            timestep,
-            torch.cat([one.prompt_embeds for one in rows]),
-            residuals,
-        )
-        for one, part in zip(rows, prediction.chunk(len(rows)), strict=True):
+        prompts = [one.prompt_embeds for one in reversed(self._passes)]
+        return StepRows(state.scaled_latents.repeat(len(prompts), 1, 1, 1), timestep, torch.cat(prompts))
+
+    def finish_step(self, prediction: torch.Tensor) -> None:
+        """Guidance and the scheduler's step.
+
+        Raises:
+            FloatingPointError: the model's prediction isn't finite.
+        """
+        if not torch.isfinite(prediction).all():
+            raise FloatingPointError(f"evaluation {self._done + 1} of {self.evaluations} gave NaN or infinity")
+        for one, part in zip(reversed(self._passes), prediction.chunk(len(self._passes)), strict=True):
             one.noise_pred = part
-        state.noise_pred = guider(passes)[0]
-        _AFTER_DENOISER(self._components, state, i=i, t=timestep)
+        self._state.noise_pred = self._components.guider(self._passes)[0]
+        _AFTER_DENOISER(self._components, self._state, i=self._done, t=self._state.timesteps[self._done])
         self._done += 1
 
     def steps_done(self) -> int:
@@ -137,17 +143,41 @@ class TorchRun:
             for name in names
         }
 
-    def _forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, prompts: torch.Tensor, residuals: Residuals | None
-    ) -> torch.Tensor:
-        unet = self._components.unet
-        control: dict[str, Any] = {}
-        if residuals is not None:
-            down = [to_torch(one, unet.device, unet.dtype) for one in residuals.down]
-            mid = to_torch(residuals.mid, unet.device, unet.dtype)
-            control = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        result: torch.Tensor = unet(sample, timestep, encoder_hidden_states=prompts, return_dict=False, **control)[0]
-        return result
+
+@dataclass(frozen=True)
+class StepRows:
+    """One run's part of a forward: [rows, channels, h, w], a 0-d timestep, [rows, tokens, width]."""
+
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    prompts: torch.Tensor
+
+
+def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
+    """The timesteps of a forward's rows: as float32, in which every timestep is exact; alone, as diffusers has it."""
+    if len(parts) == 1:
+        return parts[0].timestep
+    return torch.cat([part.timestep.float().expand(len(part.sample)) for part in parts])
+
+
+def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> dict[str, Any]:
+    """The UNet's arguments for control, if a run has any; rows without it get -0.0, which adds nothing to any float."""
+    given = next((one for one in residuals if one is not None), None)
+    if given is None:
+        return {}
+
+    def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
+        if mine is not None:
+            return to_torch(mine, like.device, like.dtype)
+        return torch.full((len(part.sample), *shape.shape[1:]), -0.0, device=like.device, dtype=like.dtype)
+
+    pairs = list(zip(parts, residuals, strict=True))
+    down = [
+        torch.cat([rows(part, None if one is None else one.down[i], given.down[i]) for part, one in pairs])
+        for i in range(len(given.down))
+    ]
+    mid = torch.cat([rows(part, None if one is None else one.mid, given.mid) for part, one in pairs])
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 class TorchDiffusionModel:
@@ -181,6 +211,47 @@ class TorchDiffusionModel:
             raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
         run.check_timesteps()
         return run
+
+    @torch.inference_mode()
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
+        """One forward for all rows; what fails is rerun alone, so that the fault finds its owner."""
+        faults: list[Exception | None] = [None] * len(runs)
+        begun: list[tuple[int, StepRows]] = []
+        for i, run in enumerate(runs):
+            try:
+                begun.append((i, cast(TorchRun, run).begin_step()))
+            except Exception as error:
+                faults[i] = error
+        for i, prediction in self._predict(begun, residuals):
+            try:
+                if isinstance(prediction, Exception):
+                    raise prediction
+                cast(TorchRun, runs[i]).finish_step(prediction)
+            except Exception as error:
+                faults[i] = error
+        return faults
+
+    def _predict(
+        self, begun: Sequence[tuple[int, StepRows]], residuals: Sequence[Residuals | None]
+    ) -> list[tuple[int, torch.Tensor | Exception]]:
+        if not begun:
+            return []
+        parts = [part for _, part in begun]
+        try:
+            control = merge_residuals(parts, [residuals[i] for i, _ in begun], self._unet)
+            predicted = self._unet(
+                torch.cat([part.sample for part in parts]),
+                merge_timesteps(parts),
+                encoder_hidden_states=torch.cat([part.prompts for part in parts]),
+                return_dict=False,
+                **control,
+            )[0]
+        except Exception as error:
+            if len(begun) == 1:
+                return [(begun[0][0], error)]
+            return [found for one in begun for found in self._predict([one], residuals)]
+        split = predicted.split([len(part.sample) for part in parts])
+        return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
 
     def _new_scheduler(self, choice: SchedulerChoice | None, seeds: Any) -> Any:
         if choice is None:

@@ -1,0 +1,63 @@
+"""A request for samples, checked."""
+
+from imagemesh.v1 import diffusion_service_pb2 as pb
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.limits import (
+    MAX_CONTROL_SCALE,
+    MAX_CONTROLS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    check_pixels,
+    check_range,
+    check_size,
+)
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
+from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.schedulers import find_scheduler
+
+
+def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
+    """The request as arrays and numbers, each within its bounds; sizes are multiples of ``multiple`` pixels.
+
+    Raises:
+        InvalidArgument: one isn't.
+        NotFound: there is no such scheduler.
+    """
+    check_size("width", request.width, multiple)
+    check_size("height", request.height, multiple)
+    check_range("steps", request.steps, 1, MAX_STEPS)
+    check_range("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
+    check_range("seeds", len(request.seeds), 1, MAX_IMAGES)
+    check_pixels("seeds", len(request.seeds), request.width, request.height)
+    check_range("controls", len(request.controls), 0, MAX_CONTROLS)
+    for i, seed in enumerate(request.seeds):
+        check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
+    for i, unit in enumerate(request.controls):
+        check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
+    guided = request.guidance_scale > 1
+    return SampleInputs(
+        conditioning=_conditioning(request, guided),
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        scheduler=find_scheduler(request.scheduler),
+        seeds=tuple(request.seeds),
+    )
+
+
+def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:
+    names = ["prompt_embeds", "negative_prompt_embeds"] if guided else ["prompt_embeds"]
+    found: dict[str, Array] = {}
+    for name in names:
+        field = f"conditioning[{name!r}]"
+        if name not in request.conditioning:
+            raise InvalidArgument("conditioning", sorted(request.conditioning), f"a map with {name!r}")
+        embeds = from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=(1, None, None))
+        found[name] = require_finite(embeds, field)
+    if len({embeds.shape for embeds in found.values()}) > 1:
+        shapes = {name: embeds.shape for name, embeds in found.items()}
+        raise InvalidArgument("conditioning", shapes, "embeddings of equal shape")
+    return found
