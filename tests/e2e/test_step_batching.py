@@ -98,7 +98,7 @@ class Counting(FakeDiffusionModel):
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
     lane = Lane("test")
-    engine = Engine(lane, Metrics("diffusion"), max_rows=8, max_queue=4)
+    engine = Engine(lane, Metrics("diffusion"), max_rows=8, max_queue=8)
     yield engine
     await engine.close()
     lane.close()
@@ -158,8 +158,8 @@ async def test_more_rows_than_fit_wait_their_turn_and_a_full_queue_refuses(engin
     running = [engine.sample(model, inputs(steps=200, seed=seed)) for seed in range(8)]
     await asyncio.gather(*(anext(one) for one in running))
     await asyncio.gather(*(anext(one) for one in running))
-    waiting = [engine.sample(model, inputs(steps=2, seed=seed)) for seed in range(4)]
-    assert [await anext(one) for one in waiting] == [Queued(0), Queued(1), Queued(2), Queued(3)]
+    waiting = [engine.sample(model, inputs(steps=2, seed=seed)) for seed in range(8)]
+    assert [await anext(one) for one in waiting] == [Queued(ahead) for ahead in range(8)]
     with pytest.raises(MeshError, match="queue diffusion is full") as caught:
         await anext(engine.sample(model, inputs(steps=2)))
     assert caught.value.retry_after() is not None

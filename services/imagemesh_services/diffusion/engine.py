@@ -2,7 +2,7 @@
 
 At every tick it takes the runnable generations of one key and does the next evaluation of all of them in one forward.
 They join and leave at any step, each with its own scheduler, guidance, step count and seeds. A generation that waits
-for its ControlNet's residuals is not runnable and holds nobody back. A lone generation on an idle engine starts at once.
+for its ControlNet's residuals is not runnable and holds nobody back. A lone one on an idle engine starts at once.
 
 The idea is continuous batching (Orca, OSDI'22) with the denoising step in place of the token.
 """
@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from imagemesh_runtime.context import CallContext, current_call
+from imagemesh_runtime.context import CallContext, current_call, set_current_call
 from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
@@ -149,6 +149,7 @@ class Engine:
             self._worker = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
+        set_current_call(CallContext())  # not that of the caller whose arrival started this task
         while self._waiting or self._active:
             self._changed.clear()
             self._drop_gone()
