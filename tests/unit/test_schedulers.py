@@ -28,7 +28,7 @@ def test_names_are_found_whatever_their_case_and_classes_by_their_own() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(NotFound, match="scheduler 'Eular a' not found; available: .*Euler a"):
+    with pytest.raises(NotFound, match=r"scheduler 'Eular a' not found; available: .*Euler a"):
         find_scheduler("Eular a")
 
 
