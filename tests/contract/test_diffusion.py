@@ -37,9 +37,13 @@ def inputs(backend: str) -> SampleInputs:
     return SampleInputs(conditioning, SIDE, SIDE, STEPS, 3.0, None, (7,))
 
 
-def _finish(run: Run) -> np.ndarray:
+def _advance(model: DiffusionModel, run: Run, residuals: Residuals | None = None) -> None:
+    assert list(model.advance([run], [residuals])) == [None]
+
+
+def _finish(model: DiffusionModel, run: Run) -> np.ndarray:
     for _ in range(run.evaluations):
-        run.advance(None)
+        _advance(model, run)
     return run.latents()
 
 
@@ -51,7 +55,7 @@ def _residuals(rows: int, value: float) -> Residuals:
 
 
 def test_latents_are_finite_and_of_the_pictures_size(model, inputs):
-    latents = _finish(model.start(dataclasses.replace(inputs, width=2 * SIDE, seeds=(7, 8))))
+    latents = _finish(model, model.start(dataclasses.replace(inputs, width=2 * SIDE, seeds=(7, 8))))
     assert latents.dtype == np.float32
     assert latents.shape == (2, 4, SIDE // model.scale_factor, 2 * SIDE // model.scale_factor)
     assert np.isfinite(latents).all()
@@ -77,8 +81,8 @@ def test_asking_for_the_model_input_changes_nothing(model, inputs):
     for _ in range(asked.evaluations):
         first, second = asked.model_input(), asked.model_input()
         np.testing.assert_array_equal(first[0], second[0])
-        asked.advance(None)
-    np.testing.assert_array_equal(asked.latents(), _finish(model.start(inputs)))
+        _advance(model, asked)
+    np.testing.assert_array_equal(asked.latents(), _finish(model, model.start(inputs)))
 
 
 @pytest.mark.parametrize("name", [None, *SCHEDULERS])
@@ -87,7 +91,7 @@ def test_every_scheduler_counts_up_to_the_steps_asked_for(model, inputs, name, s
     run = model.start(dataclasses.replace(inputs, scheduler=find_scheduler(name or ""), steps=steps))
     counts = [run.steps_done()]
     for _ in range(run.evaluations):
-        run.advance(None)
+        _advance(model, run)
         counts.append(run.steps_done())
     assert counts[0] == 0
     assert counts[-1] == steps
@@ -98,7 +102,7 @@ def test_every_scheduler_counts_up_to_the_steps_asked_for(model, inputs, name, s
 @pytest.mark.parametrize("name", ["Euler a", "DPM++ SDE", "LCM", "DPM++ 2M SDE"])
 def test_the_same_seed_gives_the_same_latents_with_schedulers_that_draw(model, inputs, name):
     inputs = dataclasses.replace(inputs, scheduler=find_scheduler(name))
-    np.testing.assert_array_equal(_finish(model.start(inputs)), _finish(model.start(inputs)))
+    np.testing.assert_array_equal(_finish(model, model.start(inputs)), _finish(model, model.start(inputs)))
 
 
 def test_other_seeds_start_from_other_noise(model, inputs):
@@ -109,44 +113,44 @@ def test_other_seeds_start_from_other_noise(model, inputs):
 def test_other_prompts_give_other_latents(model, inputs):
     other = {name: -embeds for name, embeds in inputs.conditioning.items()}
     changed = dataclasses.replace(inputs, conditioning=other)
-    assert np.abs(_finish(model.start(inputs)) - _finish(model.start(changed))).max() > 1e-2
+    assert np.abs(_finish(model, model.start(inputs)) - _finish(model, model.start(changed))).max() > 1e-2
 
 
 def test_guidance_matters(model, inputs):
     weaker = dataclasses.replace(inputs, guidance_scale=1.5)
-    assert np.abs(_finish(model.start(inputs)) - _finish(model.start(weaker))).max() > 1e-2
+    assert np.abs(_finish(model, model.start(inputs)) - _finish(model, model.start(weaker))).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["", "Euler a", "DPM++ SDE Karras", "UniPC"])
 def test_batch_of_seeds_equals_singles(model, inputs, name):
     inputs = dataclasses.replace(inputs, scheduler=find_scheduler(name), seeds=(1, 2, 3))
-    singles = [_finish(model.start(dataclasses.replace(inputs, seeds=(seed,)))) for seed in inputs.seeds]
-    np.testing.assert_allclose(_finish(model.start(inputs)), np.concatenate(singles), atol=1e-4)
+    singles = [_finish(model, model.start(dataclasses.replace(inputs, seeds=(seed,)))) for seed in inputs.seeds]
+    np.testing.assert_allclose(_finish(model, model.start(inputs)), np.concatenate(singles), atol=1e-4)
 
 
 def test_runs_taking_turns_do_not_disturb_each_other(model, inputs):
     other = dataclasses.replace(inputs, scheduler=find_scheduler("Euler a"), guidance_scale=1.0, seeds=(9,))
-    alone = [_finish(model.start(one)) for one in (inputs, other)]
+    alone = [_finish(model, model.start(one)) for one in (inputs, other)]
     runs = [model.start(one) for one in (inputs, other)]
     for i in range(max(run.evaluations for run in runs)):
         for run in runs:
             if i < run.evaluations:
-                run.advance(None)
+                _advance(model, run)
     for run, latents in zip(runs, alone, strict=True):
         np.testing.assert_array_equal(run.latents(), latents)
 
 
 def test_residuals_of_zero_change_nothing(model, inputs):
     plain, steered = model.start(inputs), model.start(inputs)
-    plain.advance(None)
-    steered.advance(_residuals(inputs.rows, 0.0))
+    _advance(model, plain)
+    _advance(model, steered, _residuals(inputs.rows, 0.0))
     np.testing.assert_allclose(steered.latents(), plain.latents(), atol=1e-6)
 
 
 def test_residuals_steer(model, inputs):
     plain, steered = model.start(inputs), model.start(inputs)
-    plain.advance(None)
-    steered.advance(_residuals(inputs.rows, 0.5))
+    _advance(model, plain)
+    _advance(model, steered, _residuals(inputs.rows, 0.5))
     assert np.abs(steered.latents() - plain.latents()).max() > 1e-2
 
 
@@ -155,3 +159,43 @@ def test_conditioning_of_another_width_is_refused_by_name(model, inputs):
     with pytest.raises(InvalidArgument, match="width 7") as caught:
         model.start(dataclasses.replace(inputs, conditioning=wrong))
     assert "prompt_embeds" in caught.value.field
+
+
+def test_runs_that_share_forwards_get_what_they_get_alone(model, inputs):
+    others = [
+        dataclasses.replace(inputs, scheduler=find_scheduler("Euler a"), seeds=(9, 10), steps=STEPS + 2),
+        dataclasses.replace(inputs, scheduler=find_scheduler("DPM++ 2M Karras"), guidance_scale=1.0, steps=STEPS - 1),
+    ]
+    asked = [inputs, *others]
+    alone = [_finish(model, model.start(one)) for one in asked]
+    runs = [model.start(one) for one in asked]
+    assert len({run.key for run in runs}) == 1
+    done = 0
+    while going := [run for run in runs if done < run.evaluations]:
+        assert list(model.advance(going, [None] * len(going))) == [None] * len(going)
+        done += 1
+    for run, latents in zip(runs, alone, strict=True):
+        np.testing.assert_allclose(run.latents(), latents, atol=1e-4)
+
+
+def test_a_run_without_control_is_the_same_beside_one_with_it(model, inputs):
+    alone, beside, steered = (model.start(inputs) for _ in range(3))
+    for _ in range(2):
+        _advance(model, alone)
+        assert list(model.advance([beside, steered], [None, _residuals(inputs.rows, 0.5)])) == [None, None]
+    np.testing.assert_allclose(beside.latents(), alone.latents(), atol=1e-4)
+    assert np.abs(steered.latents() - alone.latents()).max() > 1e-3
+
+
+def test_a_run_whose_rows_are_nan_fails_alone(model, inputs):
+    good, bad = model.start(inputs), model.start(inputs)
+    poisoned = _residuals(inputs.rows, float("nan"))
+    faults = list(model.advance([good, bad], [None, poisoned]))
+    assert faults[0] is None
+    assert isinstance(faults[1], FloatingPointError)
+    assert np.isfinite(good.latents()).all()
+
+
+def test_runs_of_other_sizes_have_other_keys(model, inputs):
+    wide = model.start(dataclasses.replace(inputs, width=2 * SIDE))
+    assert wide.key != model.start(inputs).key

@@ -76,9 +76,13 @@ class FakeDiffusionModel:
         return FakeRun(inputs)
 
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+        faults: list[Exception | None] = []
         for run, added in zip(runs, residuals, strict=True):
-            cast(FakeRun, run).advance(added)
-        return [None] * len(runs)
+            finite = added is None or bool(np.isfinite(added.mid).all())
+            if finite:
+                cast(FakeRun, run).advance(added)
+            faults.append(None if finite else FloatingPointError("NaN"))
+        return faults
 
 
 class FakeDiffusion:
