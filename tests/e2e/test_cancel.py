@@ -97,8 +97,12 @@ async def test_at_most_the_step_under_way_is_done_after_a_cancel(
         call.cancel()
         await until(metrics, "imagemesh_cancelled_requests_total", 1)
         gate.tickets.release(1000)
-        await lane.run(lambda: None)  # whatever the lane had to do comes before this
-        assert gate.steps == 4
+        await until(metrics, "imagemesh_running_requests", 0)
+        # The sampler is free, and does the next request's steps and no other.
+        again = rpc.DiffusionServiceStub(channel).Sample(request(steps=3))
+        assert [response async for response in again][-1].result.evaluations == 3
+        await lane.run(lambda: None)
+        assert gate.steps == 4 + 3
         handled = {"grpc_type": "server_stream", "grpc_service": "imagemesh.v1.DiffusionService"}
         handled |= {"grpc_method": "Sample", "grpc_code": "CANCELLED"}
         assert metrics.registry.get_sample_value("grpc_server_handled_total", handled) == 1

@@ -104,6 +104,7 @@ def test_the_sampler_counts_steps_rows_and_waits(grew: Growth) -> None:
 def test_the_controlnet_counts_its_session(grew: Growth) -> None:
     control = {"grpc_type": "bidi_stream", "grpc_service": "imagemesh.v1.ControlNetService", "grpc_method": "Control"}
     assert grew("controlnet", "grpc_server_started_total", **control) == 1
+    assert grew("controlnet", "grpc_server_handled_total", **control, grpc_code="OK") == 1
     assert grew("controlnet", "grpc_server_msg_received_total", **control) == 1 + 5
     assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5
     assert grew("controlnet", "imagemesh_step_seconds_count", service="controlnet") == 5

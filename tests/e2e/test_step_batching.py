@@ -14,8 +14,9 @@ from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
-from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel
-from imagemesh_services.diffusion.engine import Engine, Finished, Progress, Queued
+from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel, FakeRun
+from imagemesh_services.diffusion.engine import Engine
+from imagemesh_services.diffusion.generation import Finished, Progress, Queued
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 
@@ -188,3 +189,45 @@ async def test_closing_tells_who_is_still_there(engine: Engine) -> None:
     with pytest.raises(MeshError, match="diffusion: is going away"):
         async for _ in run:
             pass
+
+
+class Broken(Counting):
+    """Its latents can't be read, or its answers are too few."""
+
+    def __init__(self, *, answers: bool = True) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def start(self, inputs: SampleInputs) -> FakeRun:
+        class BrokenRun(FakeRun):
+            def latents(self) -> np.ndarray:
+                if self._inputs.seeds[0] == 1:
+                    raise RuntimeError("out of memory")
+                return super().latents()
+
+        return BrokenRun(inputs)
+
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+        faults = super().advance(runs, residuals)
+        return faults if self.answers else []
+
+
+async def test_a_fault_after_the_last_step_is_its_runs_alone(engine: Engine) -> None:
+    model = Broken()
+    results = await asyncio.gather(
+        *(finish(engine, model, inputs(steps=2 + seed, seed=seed)) for seed in (1, 2)), return_exceptions=True
+    )
+    assert isinstance(results[0], RuntimeError)
+    assert isinstance(results[1], Finished)
+
+
+async def test_a_backend_that_answers_too_few_leaves_nobody_hanging(engine: Engine) -> None:
+    with pytest.raises(RuntimeError, match="1 runs gave 0 answers"):
+        await finish(engine, Broken(answers=False), inputs(steps=2, seed=2))
+    assert (await finish(engine, Counting(), inputs(steps=2))).evaluations == 2
+
+
+async def test_a_closed_engine_takes_nobody(engine: Engine) -> None:
+    await engine.close()
+    with pytest.raises(MeshError, match="diffusion: is going away"):
+        await finish(engine, Counting(), inputs(steps=2))

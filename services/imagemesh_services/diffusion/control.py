@@ -11,7 +11,7 @@ from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer, Session
 from imagemesh_runtime.errors import DeadlineExceeded
-from imagemesh_runtime.tensors import Array, from_proto, require_finite, to_proto
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
 from imagemesh_services.diffusion.backend import Residuals
 
 
@@ -59,5 +59,8 @@ async def open_control(
 
 
 def _residuals(answer: pb.ControlResponse) -> Residuals:
-    down = [from_proto(one, f"down_residuals[{i}]") for i, one in enumerate(answer.down_residuals)]
-    return Residuals(down, require_finite(from_proto(answer.mid_residual, "mid_residual"), "mid_residual"))
+    down = [from_proto(one, f"down_residuals[{i}]", dtypes=FLOATS) for i, one in enumerate(answer.down_residuals)]
+    mid = from_proto(answer.mid_residual, "mid_residual", dtypes=FLOATS)
+    for i, one in enumerate(down):
+        require_finite(one, f"down_residuals[{i}]")
+    return Residuals(down, require_finite(mid, "mid_residual"))

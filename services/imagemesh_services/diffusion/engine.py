@@ -9,74 +9,20 @@ The idea is continuous batching (Orca, OSDI'22) with the denoising step in place
 
 import asyncio
 import itertools
+import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
-from imagemesh_runtime.context import CallContext, current_call, set_current_call
+from imagemesh_runtime.context import CallContext, set_current_call
 from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
-from imagemesh_services.diffusion.control import Control
+from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
+from imagemesh_services.diffusion.generation import Event, Finished, Generation, OpenControl, Progress, Queued
 
-OpenControl = Callable[[Array], AbstractAsyncContextManager[Control]]
-
-
-@dataclass(frozen=True)
-class Queued:
-    """The generation has its place; ``position`` others wait ahead of it."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Steps behind, as the user counts them."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event: float latents [pictures, channels, h, w], and what made them."""
-
-    latents: Array
-    scheduler: str
-    evaluations: int
-    control_backends: Sequence[str]
-
-
-Event = Queued | Progress | Finished
-
-
-@dataclass(eq=False)
-class _Generation:
-    """One request's place in the engine."""
-
-    model: DiffusionModel
-    inputs: SampleInputs
-    open_control: OpenControl | None
-    events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
-    call: CallContext = field(default_factory=current_call)
-    since: float = field(default_factory=perf_counter)
-    run: Run | None = None
-    # The ControlNets' side of it: the task that asks them, when to ask, what they said.
-    steering: "asyncio.Task[None] | None" = None
-    wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    residuals: Residuals | None = None
-    control_backends: Sequence[str] = ()
-    evaluated: int = 0
-    last_tick: int = 0
-    gone: bool = False
-
-    @property
-    def runnable(self) -> bool:
-        """Whether nothing is missing for the next evaluation."""
-        return not self.gone and (self.open_control is None or self.residuals is not None)
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -92,11 +38,12 @@ class Engine:
         self._metrics = metrics
         self._max_rows = max_rows
         self._max_queue = max_queue
-        self._waiting: deque[_Generation] = deque()
-        self._active: list[_Generation] = []
+        self._waiting: deque[Generation] = deque()
+        self._active: list[Generation] = []
         self._ticks = itertools.count(1)
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._closed = False
         self._seconds_a_run = 1.0  # a running mean, for the retry times of refusals
 
     async def sample(
@@ -108,9 +55,10 @@ class Engine:
 
         Raises:
             Overloaded: the queue is full; nothing was done.
+            Unavailable: the engine was closed.
             MeshError: it failed; its neighbours did not.
         """
-        generation = _Generation(model, inputs, open_control)
+        generation = Generation(model, inputs, open_control)
         ahead = self._enter(generation)
         try:
             yield Queued(ahead)
@@ -126,15 +74,19 @@ class Engine:
             self._wake()
 
     async def close(self) -> None:
-        """Stop; whoever is still here is told that the service goes away."""
+        """Stop; whoever is still here, and whoever comes later, is told that the service goes away."""
+        self._closed = True
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
-        for generation in [*self._active, *self._waiting]:
-            self._end(generation, Unavailable(self._metrics.service, "is going away"))
+        steering = [one.steering for one in self._active if one.steering is not None]
+        self._end_all(Unavailable(self._metrics.service, "is going away"))
+        await asyncio.gather(*steering, return_exceptions=True)
 
-    def _enter(self, generation: _Generation) -> int:
+    def _enter(self, generation: Generation) -> int:
         """Take the place at the end of the queue; answers how many wait ahead."""
+        if self._closed:
+            raise Unavailable(self._metrics.service, "is going away")
         ahead = sum(not one.gone for one in self._waiting)
         if ahead >= self._max_queue:
             raise Overloaded(self._metrics.service, self._max_queue, self._seconds_a_run * ahead)
@@ -145,20 +97,24 @@ class Engine:
     def _wake(self) -> None:
         self._metrics.pending.set(sum(not one.gone for one in self._waiting))
         self._changed.set()
-        if self._worker is None or self._worker.done():
+        if not self._closed and (self._worker is None or self._worker.done()):
             self._worker = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
-        set_current_call(CallContext())  # not that of the caller whose arrival started this task
-        while self._waiting or self._active:
-            self._changed.clear()
-            self._drop_gone()
-            await self._let_in()
-            batch = self._next_batch()
-            if batch:
-                await self._tick(batch)
-            elif self._active:
-                await self._changed.wait()
+        try:
+            while self._waiting or self._active:
+                self._changed.clear()
+                self._drop_gone()
+                await self._let_in()
+                batch = self._next_batch()
+                if batch:
+                    await self._tick(batch)
+                elif self._active:
+                    await self._changed.wait()
+        except Exception as error:
+            # Not a request's fault but the engine's own: nobody is left to wait for ever.
+            log.exception("the engine failed; every generation here ends")
+            self._end_all(error)
 
     def _drop_gone(self) -> None:
         self._waiting = deque(one for one in self._waiting if not one.gone)
@@ -179,61 +135,67 @@ class Engine:
             self._metrics.queue_wait.observe(waited)
             generation.call.queue_seconds += waited
             try:
-                generation.run = await self._lane.run(generation.model.start, generation.inputs)
+                with self._charging(generation):
+                    generation.run = await self._lane.run(generation.model.start, generation.inputs)
             except Exception as error:
                 self._end(generation, error)
                 continue
             if generation.open_control is not None:
                 generation.wanted.set()
-                generation.steering = asyncio.create_task(self._steer(generation, generation.run))
+                generation.steering = asyncio.create_task(self._steer(generation))
         self._metrics.pending.set(len(self._waiting))
         self._metrics.running.set(len(self._active))
 
-    def _next_batch(self) -> list[_Generation]:
+    def _next_batch(self) -> list[Generation]:
         """The runnable generations that can share a forward with the one that has waited longest for its turn."""
         runnable = [one for one in self._active if one.runnable]
         if not runnable:
             return []
         first = min(runnable, key=lambda one: one.last_tick)
-        return [one for one in runnable if one.model is first.model and _run(one).key == _run(first).key]
+        return [one for one in runnable if one.model is first.model and one.started.key == first.started.key]
 
-    async def _tick(self, batch: Sequence[_Generation]) -> None:
-        tick, start = next(self._ticks), perf_counter()
-        runs = [_run(one) for one in batch]
+    async def _tick(self, batch: Sequence[Generation]) -> None:
+        tick = next(self._ticks)
+        runs, residuals = [one.started for one in batch], [one.residuals for one in batch]
         faults: Sequence[Exception | None]
         try:
-            faults = await self._lane.run(batch[0].model.advance, runs, [one.residuals for one in batch])
+            with self._charging(*batch) as spent:
+                faults = await self._lane.run(batch[0].model.advance, runs, residuals)
+            self._metrics.step.observe(spent.compute_seconds)
+            if len(faults) != len(batch):
+                raise RuntimeError(f"{len(batch)} runs gave {len(faults)} answers")
         except Exception as error:  # the backend broke its promise; end these, and go on for the others
             faults = [error] * len(batch)
-        seconds = perf_counter() - start
-        self._metrics.step.observe(seconds)
         self._metrics.batch_size.observe(sum(one.inputs.rows for one in batch))
         for generation, fault in zip(batch, faults, strict=True):
             generation.last_tick = tick
             generation.evaluated += 1
             generation.residuals = None
-            generation.call.compute_seconds += seconds
             if fault is not None:
                 self._end(generation, fault)
             elif not generation.gone:
                 await self._tell(generation)
 
-    async def _tell(self, generation: _Generation) -> None:
-        run = _run(generation)
-        generation.events.put_nowait(Progress(run.steps_done()))
-        if generation.evaluated < run.evaluations:
+    async def _tell(self, generation: Generation) -> None:
+        """Say how far the generation is, and ask for what its next evaluation needs."""
+        try:
+            generation.events.put_nowait(Progress(generation.started.steps_done()))
             generation.wanted.set()
-            return
-        latents = await self._lane.run(run.latents)
-        done = Finished(latents, run.scheduler, run.evaluations, generation.control_backends)
-        self._end(generation, done)
+            if generation.evaluated == generation.started.evaluations:
+                with self._charging(generation):
+                    latents = await self._lane.run(generation.started.latents)
+                self._end(generation, generation.finished(latents))
+        except Exception as error:
+            self._end(generation, error)
 
-    async def _steer(self, generation: _Generation, run: Run) -> None:
-        """Ask the generation's ControlNets before each evaluation."""
+    async def _steer(self, generation: Generation) -> None:
+        """Ask the generation's ControlNets before each evaluation, as part of its own call."""
+        set_current_call(generation.call)
         assert generation.open_control is not None
+        run = generation.started
         try:
             async with generation.open_control(await self._lane.run(run.embeddings)) as control:
-                while True:
+                for _ in range(run.evaluations):
                     await generation.wanted.wait()
                     generation.wanted.clear()
                     generation.residuals = await control.residuals(*await self._lane.run(run.model_input))
@@ -243,22 +205,36 @@ class Engine:
             self._end(generation, error)
             self._wake()
 
-    def _end(self, generation: _Generation, last: Finished | Exception) -> None:
-        generation.events.put_nowait(last)
-        self._leave(generation)
+    @contextmanager
+    def _charging(self, *who: Generation) -> Iterator[CallContext]:
+        """Charge what the lane does meanwhile to those it is done for, the wait for the lane as waiting."""
+        spent = CallContext()
+        set_current_call(spent)
+        try:
+            yield spent
+        finally:
+            for generation in who:
+                generation.call.queue_seconds += spent.queue_seconds
+                generation.call.compute_seconds += spent.compute_seconds
 
-    def _leave(self, generation: _Generation) -> None:
-        generation.gone = True
-        if generation.steering is not None and generation.steering is not asyncio.current_task():
-            generation.steering.cancel()
-        if generation in self._active:
-            self._active.remove(generation)
+    def _end_all(self, error: Exception) -> None:
+        for generation in [*self._active, *self._waiting]:
+            self._end(generation, error)
+        self._waiting.clear()
+
+    def _end(self, generation: Generation, last: Finished | Exception) -> None:
+        generation.events.put_nowait(last)
+        if isinstance(last, Finished):
             seconds = perf_counter() - generation.since
             self._seconds_a_run += 0.2 * (seconds - self._seconds_a_run)
+        self._leave(generation)
+
+    def _leave(self, generation: Generation) -> None:
+        """Take the generation out; its ControlNets hear of it, unless they have said all they had to."""
+        generation.gone = True
+        steering = generation.steering
+        if steering is not None and steering is not asyncio.current_task() and not generation.done:
+            steering.cancel()
+        if generation in self._active:
+            self._active.remove(generation)
         self._metrics.running.set(len(self._active))
-
-
-def _run(generation: _Generation) -> Run:
-    """The run of a generation that was let in."""
-    assert generation.run is not None
-    return generation.run

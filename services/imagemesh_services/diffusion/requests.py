@@ -9,6 +9,7 @@ from imagemesh_runtime.limits import (
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
+    MAX_TOKENS,
     check_pixels,
     check_range,
     check_size,
@@ -36,6 +37,11 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
     for i, unit in enumerate(request.controls):
         check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
+    if request.inputs:
+        raise InvalidArgument("inputs", sorted(request.inputs), "empty: this service has no mode that takes any")
+    for i, unit in enumerate(request.controls):
+        shape = (request.height, request.width, 3)
+        from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)
     guided = request.guidance_scale > 1
     return SampleInputs(
         conditioning=_conditioning(request, guided),
@@ -57,6 +63,10 @@ def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:
             raise InvalidArgument("conditioning", sorted(request.conditioning), f"a map with {name!r}")
         embeds = from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=(1, None, None))
         found[name] = require_finite(embeds, field)
+        check_range(f"{field}.shape[1]", embeds.shape[1], 1, MAX_TOKENS)
+    unknown = sorted(set(request.conditioning) - {"prompt_embeds", "negative_prompt_embeds"})
+    if unknown:
+        raise InvalidArgument("conditioning", unknown, "a map of prompt_embeds and negative_prompt_embeds alone")
     if len({embeds.shape for embeds in found.values()}) > 1:
         shapes = {name: embeds.shape for name, embeds in found.items()}
         raise InvalidArgument("conditioning", shapes, "embeddings of equal shape")

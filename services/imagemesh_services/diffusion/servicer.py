@@ -16,7 +16,8 @@ from imagemesh_runtime.tensors import Array, map_to_proto
 from imagemesh_services.diffusion.backend import DiffusionModel
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
-from imagemesh_services.diffusion.engine import Engine, Event, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.engine import Engine
+from imagemesh_services.diffusion.generation import Event, OpenControl, Progress, Queued
 from imagemesh_services.diffusion.requests import read_inputs
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 

@@ -160,11 +160,11 @@ def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
     return torch.cat([part.timestep.float().expand(len(part.sample)) for part in parts])
 
 
-def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> dict[str, Any]:
-    """The UNet's arguments for control, if a run has any; rows without it get -0.0, which adds nothing to any float."""
+def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> list[torch.Tensor]:
+    """The rows' residuals, the middle one last, if a run has any; rows without get -0.0, which changes no float."""
     given = next((one for one in residuals if one is not None), None)
     if given is None:
-        return {}
+        return []
 
     def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
         if mine is not None:
@@ -177,14 +177,15 @@ def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | N
         for i in range(len(given.down))
     ]
     mid = torch.cat([rows(part, None if one is None else one.mid, given.mid) for part, one in pairs])
-    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return [*down, mid]
 
 
 class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
-    def __init__(self, unet: Any, scheduler: Any, scale_factor: int) -> None:
+    def __init__(self, unet: Any, scheduler: Any, scale_factor: int, max_rows: int) -> None:
         self.scale_factor = scale_factor
+        self._max_rows = max_rows
         self._unet = unet
         self._scheduler = scheduler
         # from_config takes up to 0.3 s for some classes; copying what it made, none.
@@ -231,6 +232,22 @@ class TorchDiffusionModel:
                 faults[i] = error
         return faults
 
+    def _forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, prompts: torch.Tensor, control: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The UNet on at most ``max_rows`` rows at a time; ``control`` is the down residuals and the middle one."""
+        predicted = []
+        for start in range(0, len(sample), self._max_rows):
+            rows = slice(start, start + self._max_rows)
+            residuals: dict[str, Any] = {}
+            if control:
+                *down, mid = (one[rows] for one in control)
+                residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            time = timestep[rows] if timestep.dim() else timestep
+            found = self._unet(sample[rows], time, encoder_hidden_states=prompts[rows], return_dict=False, **residuals)
+            predicted.append(found[0])
+        return torch.cat(predicted)
+
     def _predict(
         self, begun: Sequence[tuple[int, StepRows]], residuals: Sequence[Residuals | None]
     ) -> list[tuple[int, torch.Tensor | Exception]]:
@@ -238,19 +255,19 @@ class TorchDiffusionModel:
             return []
         parts = [part for _, part in begun]
         try:
-            control = merge_residuals(parts, [residuals[i] for i, _ in begun], self._unet)
-            predicted = self._unet(
+            predicted = self._forward(
                 torch.cat([part.sample for part in parts]),
                 merge_timesteps(parts),
-                encoder_hidden_states=torch.cat([part.prompts for part in parts]),
-                return_dict=False,
-                **control,
-            )[0]
+                torch.cat([part.prompts for part in parts]),
+                merge_residuals(parts, [residuals[i] for i, _ in begun], self._unet),
+            )
         except Exception as error:
-            if len(begun) == 1:
-                return [(begun[0][0], error)]
-            return [found for one in begun for found in self._predict([one], residuals)]
-        split = predicted.split([len(part.sample) for part in parts])
+            if len(begun) > 1:
+                return [found for one in begun for found in self._predict([one], residuals)]
+            (i, _), steered = begun[0], residuals[begun[0][0]] is not None
+            misfit = FailedPrecondition(f"the ControlNet's residuals don't fit the model: {error}")
+            return [(i, misfit if steered and isinstance(error, RuntimeError) else error)]
+        split = torch.split(predicted, [len(part.sample) for part in parts])
         return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
 
     def _new_scheduler(self, choice: SchedulerChoice | None, seeds: Any) -> Any:
@@ -286,6 +303,7 @@ class TorchDiffusion:
         self._repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
+        self._max_rows = config.max_batch
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
@@ -297,7 +315,7 @@ class TorchDiffusion:
         folder = self._repository.folders()[name]
         unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
-        return TorchDiffusionModel(unet, scheduler, _scale_factor(folder))
+        return TorchDiffusionModel(unet, scheduler, _scale_factor(folder), self._max_rows)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:

@@ -1,0 +1,83 @@
+"""One request's place in the engine, and what it tells its caller."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from imagemesh_runtime.context import CallContext, current_call
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.control import Control
+
+# Opens the sessions with the ControlNets, given the rows' prompt embeddings.
+OpenControl = Callable[[Array], AbstractAsyncContextManager[Control]]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The generation has its place; ``position`` others wait ahead of it."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps behind, as the user counts them."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event: float latents [pictures, channels, h, w], and what made them."""
+
+    latents: Array
+    scheduler: str
+    evaluations: int
+    control_backends: Sequence[str]
+
+
+Event = Queued | Progress | Finished
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request from its arrival to its last event. Belongs to the call that made it."""
+
+    model: DiffusionModel
+    inputs: SampleInputs
+    open_control: OpenControl | None
+    events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
+    call: CallContext = field(default_factory=current_call)
+    since: float = field(default_factory=perf_counter)
+    run: Run | None = None
+    # The ControlNets' side of it: the task that asks them, when to ask, what they said.
+    steering: "asyncio.Task[None] | None" = None
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    residuals: Residuals | None = None
+    control_backends: Sequence[str] = ()
+    evaluated: int = 0
+    last_tick: int = 0
+    gone: bool = False
+
+    @property
+    def runnable(self) -> bool:
+        """Whether nothing is missing for the next evaluation."""
+        return not self.gone and self.run is not None and (self.open_control is None or self.residuals is not None)
+
+    @property
+    def started(self) -> Run:
+        """The run, once the engine has let the generation in."""
+        assert self.run is not None
+        return self.run
+
+    @property
+    def done(self) -> bool:
+        """Whether every evaluation is behind it."""
+        return self.run is not None and self.evaluated == self.run.evaluations
+
+    def finished(self, latents: Array) -> Finished:
+        """The last event."""
+        return Finished(latents, self.started.scheduler, self.started.evaluations, self.control_backends)
