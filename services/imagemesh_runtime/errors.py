@@ -9,6 +9,7 @@ MeshError                  INTERNAL
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
 ├── Unimplemented          UNIMPLEMENTED
+├── NotFinite              INTERNAL              ErrorInfo: which model
 ├── InternalError          INTERNAL              ErrorInfo: an id whose story is in the log
 └── RemoteError            as the peer said, its details handed on
 """
@@ -145,6 +146,17 @@ class Unimplemented(MeshError):
     """The service has no such method."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class NotFinite(MeshError):
+    """A model made NaN or infinity of input that was finite, as float16 does where numbers grow too large for it."""
+
+    def __init__(self, model: str, what: str) -> None:
+        self.model = model
+        super().__init__(f"model {model} gave {what} that are not finite; another dtype may help, such as float32")
+
+    def details(self) -> Sequence[Message]:
+        return (error_details_pb2.ErrorInfo(reason="NOT_FINITE", domain=DOMAIN, metadata={"model": self.model}),)
 
 
 class InternalError(MeshError):

@@ -16,6 +16,7 @@ from imagemesh_runtime.errors import (
     FailedPrecondition,
     InvalidArgument,
     MeshError,
+    NotFinite,
     NotFound,
     Overloaded,
     Unavailable,
@@ -67,6 +68,7 @@ ERRORS = [
     (Overloaded("vae", 8, 1.25), grpc.StatusCode.RESOURCE_EXHAUSTED, error_details_pb2.RetryInfo),
     (Unavailable("vae", "is stopping"), grpc.StatusCode.UNAVAILABLE, error_details_pb2.ErrorInfo),
     (DeadlineExceeded("vae", "hangs"), grpc.StatusCode.DEADLINE_EXCEEDED, error_details_pb2.ErrorInfo),
+    (NotFinite("sd15", "pixels"), grpc.StatusCode.INTERNAL, error_details_pb2.ErrorInfo),
 ]
 
 
