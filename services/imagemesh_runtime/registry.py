@@ -9,7 +9,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -99,6 +99,23 @@ class ModelCard:
 
     name: str
     properties: Mapping[str, str] = field(default_factory=dict)
+
+
+def cards_of(folders: Iterable[ModelFolder], card: Callable[[ModelFolder], ModelCard | None]) -> dict[str, ModelCard]:
+    """What ``card`` says of the folders, by name; None: not a model of this backend's.
+
+    A folder that can't be described, such as one half copied, is left out with a warning, and hides no other.
+    """
+    found: dict[str, ModelCard] = {}
+    for folder in folders:
+        try:
+            described = card(folder)
+        except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+            log.warning("model folder %s is left out: %s: %s", folder.name, type(error).__name__, error)
+            continue
+        if described is not None:
+            found[folder.name] = described
+    return found
 
 
 Model = TypeVar("Model")

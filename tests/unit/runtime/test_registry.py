@@ -12,7 +12,15 @@ import pytest
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import BackendEntry, LoadedModels, ModelCard, ModelFolder, Repository, choose_backend
+from imagemesh_runtime.registry import (
+    BackendEntry,
+    LoadedModels,
+    ModelCard,
+    ModelFolder,
+    Repository,
+    cards_of,
+    choose_backend,
+)
 
 
 def put(root: Path, name: str, marker: str = "config.json", content: str = "{}") -> None:
@@ -90,6 +98,34 @@ def test_has_tells_a_pipelines_components(tmp_path: Path, value: object, has: bo
     folder = ModelFolder("m", tmp_path, json.loads(json.dumps({"vae": value})))
     assert folder.has("vae") is has
     assert not folder.has("unet")
+
+
+def _described(folder: ModelFolder) -> ModelCard | None:
+    """Reads as backends do: a number of a part's config, and the first of a list."""
+    if "kind" not in folder.config:
+        return None
+    width = folder.read("unet", "config.json")["width"] + 0
+    return ModelCard(folder.name, {"kind": folder.config["kind"][0], "width": str(width)})
+
+
+BROKEN = {"absent": None, "torn": "{", "empty": "{}", "no-object": "[]", "no-number": '{"width": "wide"}'}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_folder_that_cannot_be_described_hides_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    for name in ("a", "broken", "c"):
+        put(tmp_path, name, "model_index.json", '{"kind": ["sd"]}')
+        put(tmp_path, f"{name}/unet", content='{"width": 4}')
+    put(tmp_path, "other", "model_index.json")
+    (tmp_path / "broken/unet/config.json").unlink()
+    if content is not None:
+        put(tmp_path, "broken/unet", content=content)
+    cards = cards_of(Repository([tmp_path]).folders().values(), _described)
+    properties = {"kind": "sd", "width": "4"}
+    assert cards == {"a": ModelCard("a", properties), "c": ModelCard("c", properties)}
+    assert [("broken" in record.getMessage(), record.levelname) for record in caplog.records] == [(True, "WARNING")]
 
 
 class Backend:
