@@ -7,7 +7,7 @@ from typing import Any
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument, Overloaded
-from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, check_pixels, check_range, check_size
+from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, MAX_TOKENS, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, from_proto, require_finite, to_proto
@@ -54,6 +54,7 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         embeddings = from_proto(start.encoder_hidden_states, field, dtypes=FLOATS, shape=(None, None, None))
         rows = len(embeddings)
         check_range(f"{field}.shape[0]", rows, 1, 2 * MAX_IMAGES)  # with guidance a picture has two
+        check_range(f"{field}.shape[1]", embeddings.shape[1], 1, MAX_TOKENS)
         check_pixels(field, (rows + 1) // 2, image.shape[1], image.shape[0])
         inputs = ControlInputs(image, require_finite(embeddings, field), start.scale)
         return await self._models.lane.run(model.start, inputs)

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
@@ -81,7 +81,7 @@ class FakeDiffusionModel:
             finite = added is None or bool(np.isfinite(added.mid).all())
             if finite:
                 cast(FakeRun, run).advance(added)
-            faults.append(None if finite else FloatingPointError("NaN"))
+            faults.append(None if finite else NotFinite("fake", "latents"))
         return faults
 
 

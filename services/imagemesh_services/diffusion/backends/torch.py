@@ -25,8 +25,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 )
 from diffusers.utils import logging as diffusers_logging
 
-from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
-from imagemesh_runtime.registry import ModelCard, ModelFolder
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFinite
+from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.config import DiffusionConfig
@@ -38,6 +38,8 @@ _BEFORE_LOOP: tuple[ModularPipelineBlocks, ...] = (
     StableDiffusionXLSetTimestepsStep(),
     StableDiffusionXLPrepareLatentsStep(),
 )
+# What an imagemesh.json may say.
+_SUITS = {"steps": int, "guidance_scale": float}
 _BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
 _AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
 
@@ -93,10 +95,10 @@ class TorchRun:
         """Guidance and the scheduler's step.
 
         Raises:
-            FloatingPointError: the model's prediction isn't finite.
+            NotFinite: the model's prediction isn't finite.
         """
         if not torch.isfinite(prediction).all():
-            raise FloatingPointError(f"evaluation {self._done + 1} of {self.evaluations} gave NaN or infinity")
+            raise NotFinite(self._components.name, f"predictions at evaluation {self._done + 1} of {self.evaluations}")
         for one, part in zip(reversed(self._passes), prediction.chunk(len(self._passes)), strict=True):
             one.noise_pred = part
         self._state.noise_pred = self._components.guider(self._passes)[0]
@@ -112,6 +114,8 @@ class TorchRun:
         return max(self._done - warmup, 0) // order
 
     def latents(self) -> Array:
+        if not torch.isfinite(self._state.latents).all():
+            raise NotFinite(self._components.name, "latents")
         return to_numpy(self._state.latents)
 
     def _begin(self, inputs: SampleInputs) -> Any:
@@ -183,7 +187,8 @@ def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | N
 class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
-    def __init__(self, unet: Any, scheduler: Any, scale_factor: int, max_rows: int) -> None:
+    def __init__(self, name: str, unet: Any, scheduler: Any, scale_factor: int, max_rows: int) -> None:
+        self._name = name
         self.scale_factor = scale_factor
         self._max_rows = max_rows
         self._unet = unet
@@ -197,6 +202,7 @@ class TorchDiffusionModel:
             if embeds.shape[-1] != width:
                 raise InvalidArgument(f"conditioning[{name!r}]", f"width {embeds.shape[-1]}", f"of width {width}")
         components = SimpleNamespace(
+            name=self._name,
             unet=self._unet,
             scheduler=self._new_scheduler(inputs.scheduler, inputs.seeds),
             guider=_new_guider(inputs),
@@ -275,7 +281,10 @@ class TorchDiffusionModel:
             return copy.deepcopy(self._scheduler)
         if choice.name not in self._prototypes:
             cls = getattr(diffusers, choice.class_name)
-            self._prototypes[choice.name] = cls.from_config(self._scheduler.config, **choice.options)
+            try:
+                self._prototypes[choice.name] = cls.from_config(self._scheduler.config, **choice.options)
+            except (ValueError, NotImplementedError) as error:
+                raise InvalidArgument("scheduler", choice.name, f"one that fits the model's own ({error})") from error
         scheduler = copy.deepcopy(self._prototypes[choice.name])
         if "noise_sampler_seed" in scheduler.config:
             # This class ignores the request's generator and would draw from the global one.
@@ -308,14 +317,13 @@ class TorchDiffusion:
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        folders = self._repository.folders().values()
-        return {folder.name: _card(folder) for folder in folders if folder.has("unet", "scheduler", "vae")}
+        return cards_of(self._repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchDiffusionModel:
         folder = self._repository.folders()[name]
         unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
-        return TorchDiffusionModel(unet, scheduler, _scale_factor(folder), self._max_rows)
+        return TorchDiffusionModel(name, unet, scheduler, _scale_factor(folder), self._max_rows)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:
@@ -334,11 +342,22 @@ def _scale_factor(folder: ModelFolder) -> int:
     return factor
 
 
-def _card(folder: ModelFolder) -> ModelCard:
-    """The picture's size, and what suits the model as far as an ``imagemesh.json`` in its folder says so."""
+def _card(folder: ModelFolder) -> ModelCard | None:
+    """The picture's size, and what suits the model as far as an ``imagemesh.json`` in its folder says so.
+
+    None for what isn't Stable Diffusion 1.x or 2.x: SDXL's UNet wants more conditioning, an inpainting one more
+    channels, a consistency-distilled one the guidance as an input.
+    """
+    if not folder.has("unet", "scheduler", "vae") or folder.config["unet"][1] != "UNet2DConditionModel":
+        return None
+    unet, vae = folder.read("unet", "config.json"), folder.read("vae", "config.json")
+    plain = all(unet.get(name) is None for name in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim"))
+    if not plain or unet["in_channels"] != vae.get("latent_channels", 4):
+        return None
     scale = _scale_factor(folder)
-    side = folder.read("unet", "config.json")["sample_size"] * scale
+    side = int(unet["sample_size"]) * scale
     suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
-    properties = {"class": folder.config["_class_name"], "width": side, "height": side, "multiple": scale}
-    properties |= {name: suits[name] for name in ("steps", "guidance_scale") if name in suits}
+    properties: dict[str, object] = {"class": folder.config["_class_name"]}
+    properties |= {"width": side, "height": side, "multiple": scale}
+    properties |= {name: kind(suits[name]) for name, kind in _SUITS.items() if name in suits}
     return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})

@@ -1,0 +1,44 @@
+"""One folder that is broken, or that this mesh can't run, takes nothing else down."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from imagemesh_client import Client
+from imagemesh_runtime.errors import MeshError
+from tests.support.mesh import running_mesh
+
+
+def change(path: Path, **values: object) -> None:
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "without its parts": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
+    "an SDXL UNet": lambda folder: change(folder / "unet" / "config.json", addition_embed_type="text_time"),
+    "an inpainting UNet": lambda folder: change(folder / "unet" / "config.json", in_channels=9),
+    "a consistency UNet": lambda folder: change(folder / "unet" / "config.json", time_cond_proj_dim=256),
+    "a sample size of three": lambda folder: change(folder / "unet" / "config.json", sample_size=[8, 8, 8]),
+    "a config that is none": lambda folder: (folder / "unet" / "config.json").write_text("{"),
+    "defaults that are none": lambda folder: (folder / "imagemesh.json").write_text('{"steps": "many"}'),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_folder_is_left_out_and_the_others_serve(models: Path, tmp_path: Path, how: str) -> None:
+    for name in ("good", "spoiled"):
+        shutil.copytree(models / "tiny-sd", tmp_path / name)
+    SPOILED[how](tmp_path / "spoiled")
+    with running_mesh(backend="torch", models=str(tmp_path)) as mesh, Client(mesh.grpc_address) as client:
+        listed = client.models()
+        assert listed.unreachable == ()
+        assert [model.name for model in listed if model.role == "diffusion"] == ["good"]
+        assert client.generate("a cat", steps=2).parameters.model == "good"
+        with pytest.raises(MeshError, match="model 'spoiled' not found; available: good") as caught:
+            client.generate("a cat", steps=2, model="spoiled")
+    assert caught.value.code is grpc.StatusCode.NOT_FOUND
