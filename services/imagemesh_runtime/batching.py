@@ -1,12 +1,14 @@
 """Requests that arrive while the device is busy are computed together.
 
 A lone request on an idle device starts at once: a batch forms only from what came in during the batch before. The
-oldest request is always in the next batch; younger ones of its key fill what room it leaves.
+oldest request is always in the next batch; younger ones of its key fill what room it leaves. A request may come in
+parts, each small enough for a batch; it is taken or refused as a whole.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Generic, TypeVar
@@ -14,19 +16,46 @@ from typing import Generic, TypeVar
 from imagemesh_runtime.context import CallContext, current_call, set_current_call
 from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.tensors import Array
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
-class _Waiting(Generic[Item, Result]):
+class _Request(Generic[Result]):
+    """What one caller waits for: a result a part, or the first part's failure, which ends the others' wait too."""
+
+    result: "asyncio.Future[list[Result]]"
+    parts: int
+    results: dict[int, Result] = field(default_factory=dict)
+    call: CallContext = field(default_factory=current_call)
+    # Since when it has been waiting for the device: it came, or a batch with some of its parts ended.
+    since: float = field(default_factory=perf_counter)
+    begun: bool = False
+
+    def settle(self, index: int, result: Result) -> None:
+        self.results[index] = result
+        if len(self.results) == self.parts and not self.result.done():
+            self.result.set_result([self.results[i] for i in range(self.parts)])
+
+    def fail(self, error: Exception) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Part(Generic[Item, Result]):
     key: Hashable
     item: Item
     rows: int
-    result: "asyncio.Future[Result]"
-    call: CallContext = field(default_factory=current_call)
-    since: float = field(default_factory=perf_counter)
+    index: int
+    request: _Request[Result]
+
+    @property
+    def done(self) -> bool:
+        """Nobody waits for it any more: its caller left, or another part failed."""
+        return self.request.result.done()
 
 
 class Batcher(Generic[Item, Result]):
@@ -35,7 +64,7 @@ class Batcher(Generic[Item, Result]):
     Args:
         compute: computes a batch; must answer one result an item, in order.
         max_rows: most rows in a batch; an item of more rows runs alone.
-        max_queue: most items waiting; one more is refused.
+        max_queue: most requests waiting, of however many parts; one more is refused.
     """
 
     def __init__(
@@ -46,38 +75,64 @@ class Batcher(Generic[Item, Result]):
         max_rows: int,
         max_queue: int,
     ) -> None:
+        self.max_rows = max_rows
         self._compute = compute
         self._metrics = metrics
-        self._max_rows = max_rows
         self._max_queue = max_queue
-        self._queue: deque[_Waiting[Item, Result]] = deque()
+        self._queue: deque[_Part[Item, Result]] = deque()
+        self._reserved = 0
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
-        self._seconds_an_item = 0.1  # a running mean, for the retry times of refusals
+        self._seconds_a_request = 0.1  # a running mean, for the retry times of refusals
 
     async def submit(self, key: Hashable, item: Item, rows: int = 1) -> Result:
-        """Wait for the item's result.
+        """Wait for the item's result; ``submit_all`` of one."""
+        (result,) = await self.submit_all(key, [item], [rows])
+        return result
+
+    async def submit_all(self, key: Hashable, items: Sequence[Item], rows: Sequence[int]) -> list[Result]:
+        """Wait for the results of one request's items, which take one place in the queue and stand there in order.
+
+        Raises:
+            Overloaded: the queue is full; nothing was done.
+            Unavailable: the batcher was closed.
+            Exception: an item failed; those of its request that had not begun never do.
+        """
+        self._check_room()
+        if not items:
+            return []
+        request: _Request[Result] = _Request(asyncio.get_running_loop().create_future(), len(items))
+        for index, (item, size) in enumerate(zip(items, rows, strict=True)):
+            self._queue.append(_Part(key, item, size, index, request))
+        self._count_pending()
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        try:
+            with self._noting_departure():
+                return await request.result
+        finally:
+            self._queue = deque(part for part in self._queue if part.request is not request)
+            self._count_pending()
+
+    @contextmanager
+    def reserve(self) -> Iterator[None]:
+        """Hold a place in the queue while the request is being prepared, so that it is refused before that work.
+
+        The place is free again after the block: submit right then, without awaiting anything else.
 
         Raises:
             Overloaded: the queue is full.
             Unavailable: the batcher was closed.
         """
-        if self._closed:
-            raise self._stopped()
-        if len(self._queue) >= self._max_queue:
-            seconds = max(0.1, self._seconds_an_item * len(self._queue))
-            raise Overloaded(self._metrics.service, self._max_queue, seconds)
-        waiting: _Waiting[Item, Result] = _Waiting(key, item, rows, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
-        self._metrics.pending.set(len(self._queue))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        self._check_room()
+        self._reserved += 1
+        self._count_pending()
         try:
-            return await waiting.result
-        except asyncio.CancelledError:
-            self._metrics.cancelled.inc()
-            self._leave(waiting)
-            raise
+            with self._noting_departure():
+                yield
+        finally:
+            self._reserved -= 1
+            self._count_pending()
 
     async def close(self) -> None:
         """Stop; whoever still waits gets Unavailable."""
@@ -87,42 +142,68 @@ class Batcher(Generic[Item, Result]):
             await asyncio.gather(self._worker, return_exceptions=True)
         self._fail_all(self._queue)
 
-    def _leave(self, waiting: _Waiting[Item, Result]) -> None:
-        if waiting in self._queue:
-            self._queue.remove(waiting)
-            self._metrics.pending.set(len(self._queue))
+    def _check_room(self) -> None:
+        if self._closed:
+            raise self._stopped()
+        places = self._places()
+        if places >= self._max_queue:
+            raise Overloaded(self._metrics.service, self._max_queue, max(0.1, self._seconds_a_request * places))
+
+    def _places(self) -> int:
+        return self._reserved + len({part.request for part in self._queue if not part.done})
+
+    def _count_pending(self) -> None:
+        self._metrics.pending.set(self._places())
+
+    @contextmanager
+    def _noting_departure(self) -> Iterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not current_call().expired():
+                self._metrics.cancelled.inc()
+            raise
 
     async def _work(self) -> None:
-        batch: list[_Waiting[Item, Result]] = []
+        batch: list[_Part[Item, Result]] = []
         try:
             while batch := self._next_batch():
+                requests = _requests(batch)
                 start = perf_counter()
-                for waiting in batch:
-                    self._metrics.queue_wait.observe(start - waiting.since)
-                    waiting.call.queue_seconds += start - waiting.since
-                self._metrics.running.set(len(batch))
+                for request in requests:
+                    self._note_wait(request, start)
+                self._metrics.running.set(len(requests))
                 await self._run(batch)
                 self._metrics.running.set(0)
-                self._seconds_an_item += 0.2 * ((perf_counter() - start) / len(batch) - self._seconds_an_item)
+                end = perf_counter()
+                for request in requests:
+                    request.since = end
+                self._seconds_a_request += 0.2 * ((end - start) / len(requests) - self._seconds_a_request)
         finally:
             self._metrics.running.set(0)
             self._fail_all((*batch, *self._queue))  # nobody, unless this task was cancelled
 
-    def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        batch: list[_Waiting[Item, Result]] = []
-        rest: deque[_Waiting[Item, Result]] = deque()
+    def _note_wait(self, request: _Request[Result], start: float) -> None:
+        request.call.queue_seconds += start - request.since
+        if not request.begun:
+            self._metrics.queue_wait.observe(start - request.since)
+        request.begun = True
+
+    def _next_batch(self) -> list[_Part[Item, Result]]:
+        batch: list[_Part[Item, Result]] = []
+        rest: deque[_Part[Item, Result]] = deque()
         rows = 0
-        for waiting in self._queue:
-            if waiting.result.done():
-                continue  # its caller left
-            fits = not batch or (waiting.key == batch[0].key and rows + waiting.rows <= self._max_rows)
-            (batch if fits else rest).append(waiting)
-            rows += waiting.rows if fits else 0
+        for part in self._queue:
+            if part.done:
+                continue
+            fits = not batch or (part.key == batch[0].key and rows + part.rows <= self.max_rows)
+            (batch if fits else rest).append(part)
+            rows += part.rows if fits else 0
         self._queue = rest
-        self._metrics.pending.set(len(rest))
+        self._count_pending()
         return batch
 
-    async def _run(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
+    async def _run(self, batch: Sequence[_Part[Item, Result]]) -> None:
         try:
             results = await self._results(batch)
         except asyncio.CancelledError:
@@ -133,38 +214,50 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             await self._fail(batch, error)
         else:
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.result.done():
-                    waiting.result.set_result(result)
+            for part, result in zip(batch, results, strict=True):
+                part.request.settle(part.index, result)
 
-    async def _results(self, batch: Sequence[_Waiting[Item, Result]]) -> Sequence[Result]:
+    async def _results(self, batch: Sequence[_Part[Item, Result]]) -> Sequence[Result]:
         """Compute, and charge everybody in the batch for it."""
         call = CallContext()
         set_current_call(call)
-        self._metrics.batch_size.observe(sum(waiting.rows for waiting in batch))
+        self._metrics.batch_size.observe(sum(part.rows for part in batch))
         try:
-            results = await self._compute(batch[0].key, [waiting.item for waiting in batch])
+            results = await self._compute(batch[0].key, [part.item for part in batch])
         finally:
-            for waiting in batch:
-                waiting.call.queue_seconds += call.queue_seconds
-                waiting.call.compute_seconds += call.compute_seconds
+            for request in _requests(batch):
+                request.call.queue_seconds += call.queue_seconds
+                request.call.compute_seconds += call.compute_seconds
         if len(results) != len(batch):
             raise RuntimeError(f"{len(batch)} items gave {len(results)} results")
         return results
 
-    async def _fail(self, batch: Sequence[_Waiting[Item, Result]], error: Exception) -> None:
+    async def _fail(self, batch: Sequence[_Part[Item, Result]], error: Exception) -> None:
         """One item's fault is its own: rerun the items alone, and fail only those that fail by themselves."""
         if len(batch) > 1:
-            for waiting in batch:
-                if not waiting.result.done():
-                    await self._run([waiting])
-        elif not batch[0].result.done():
-            batch[0].result.set_exception(error)
+            for part in batch:
+                if not part.done:
+                    await self._run([part])
+        else:
+            batch[0].request.fail(error)
 
-    def _fail_all(self, waiting: Iterable[_Waiting[Item, Result]]) -> None:
-        for one in waiting:
-            if not one.result.done():
-                one.result.set_exception(self._stopped())
+    def _fail_all(self, parts: Iterable[_Part[Item, Result]]) -> None:
+        for part in parts:
+            part.request.fail(self._stopped())
 
     def _stopped(self) -> Unavailable:
         return Unavailable(self._metrics.service, "is stopping")
+
+
+def _requests(parts: Iterable[_Part[Item, Result]]) -> list[_Request[Result]]:
+    """The requests that the parts belong to, each once."""
+    return list(dict.fromkeys(part.request for part in parts))
+
+
+async def submit_rows(batcher: Batcher[Array, Result], key: Hashable, rows: Array) -> list[Result]:
+    """The results for the rows, in parts of at most ``max_rows``: no batch is larger, whoever asks.
+
+    Raises: as ``Batcher.submit_all``.
+    """
+    parts = [rows[i : i + batcher.max_rows] for i in range(0, len(rows), batcher.max_rows)]
+    return await batcher.submit_all(key, parts, [len(part) for part in parts])

@@ -41,8 +41,6 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
-# A client gives up when its own clock says so, a little before the deadline that it sent: gRPC rounds that one up.
-_EARLY_SECONDS, _EARLY_SHARE = 0.05, 0.02
 # When a client goes, gRPC first ends the requests, as if it had said all, and just after that cancels the servicer.
 _CANCEL_LAG_SECONDS = 0.002
 
@@ -82,21 +80,14 @@ def metrics_layer(metrics: Metrics) -> Layer:
         try:
             yield
         except asyncio.CancelledError:
-            call.code = _code_of_cancel(call, perf_counter() - start)
+            expired = call.context_call.expired()
+            call.code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:
             metrics.grpc_seconds.labels(*labels).observe(perf_counter() - start)
             metrics.grpc_handled.labels(*labels, call.final_code().name).inc()
 
     return layer
-
-
-def _code_of_cancel(call: Call, seconds: float) -> grpc.StatusCode:
-    """gRPC cancels the servicer both when the client goes and when the client's deadline has passed."""
-    remaining = call.context_call.remaining()
-    if remaining is not None and remaining <= _EARLY_SECONDS + _EARLY_SHARE * seconds:
-        return grpc.StatusCode.DEADLINE_EXCEEDED
-    return grpc.StatusCode.CANCELLED
 
 
 def context_layer(default_timeout: float) -> Layer:

@@ -1,6 +1,5 @@
 """Requests to arrays and back."""
 
-import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from imagemesh.v1 import vae_service_pb2 as pb
 from imagemesh.v1 import vae_service_pb2_grpc as rpc
-from imagemesh_runtime.batching import Batcher
+from imagemesh_runtime.batching import Batcher, submit_rows
 from imagemesh_runtime.limits import MAX_IMAGES, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
@@ -25,7 +24,6 @@ class VaeServicer(rpc.VaeServiceServicer):
     def __init__(self, config: VaeConfig, models: LoadedModels[VaeModel], metrics: Metrics) -> None:
         self._models = models
         self._metrics = metrics
-        self._max_rows = config.max_batch
         self.batcher: Batcher[Array, Any] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
@@ -56,14 +54,12 @@ class VaeServicer(rpc.VaeServiceServicer):
             log_variance=to_proto(log_variance),
             scaling_factor=model.scaling_factor,
             shift_factor=model.shift_factor,
+            backend=self._models.backend.name,
         )
 
     async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> list[Any]:
-        """The results for the rows, in parts: no forward is larger than ``max_batch``, whoever asks."""
         options = MemoryOptions(memory.tiled, memory.sliced)
-        key = (verb, model, rows.shape[1:], rows.dtype.name, options)
-        parts = [rows[i : i + self._max_rows] for i in range(0, len(rows), self._max_rows)]
-        return await asyncio.gather(*(self.batcher.submit(key, part, len(part)) for part in parts))
+        return await submit_rows(self.batcher, (verb, model, rows.shape[1:], rows.dtype.name, options), rows)
 
     async def _compute(self, key: Hashable, items: Sequence[Array]) -> Results:
         verb, name, _, _, options = cast(tuple[str, str, Any, str, MemoryOptions], key)

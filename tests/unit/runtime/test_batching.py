@@ -1,11 +1,13 @@
 """The batcher: who shares a batch with whom, and that nobody's misfortune is another's."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Hashable, Sequence
 
+import numpy as np
 import pytest
 
-from imagemesh_runtime.batching import Batcher
+from imagemesh_runtime.batching import Batcher, submit_rows
 from imagemesh_runtime.context import CallContext, current_call, set_current_call
 from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.metrics import Metrics
@@ -260,4 +262,138 @@ async def test_the_metrics_count_rows_and_waits(batcher, machine, metrics) -> No
     assert sample(metrics, "imagemesh_batch_size_count") == 2
     assert sample(metrics, "imagemesh_batch_size_sum") == 5
     assert sample(metrics, "imagemesh_queue_wait_seconds_count") == 3
+    assert sample(metrics, "imagemesh_pending_requests") == 0
+
+
+async def submit_all(batcher: Batcher[int, int], *items: int, key: Hashable = "k") -> asyncio.Task[list[int]]:
+    """The task of a request of several items of two rows each, which is in the queue when this returns."""
+    task = asyncio.create_task(batcher.submit_all(key, items, [2] * len(items)))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_request_in_parts_gets_a_result_a_part_in_order(batcher, machine) -> None:
+    first, request, other = (
+        await occupied(batcher, machine),
+        await submit_all(batcher, 3, 1, 2),
+        await submit(batcher, 4),
+    )
+    machine.let_all()
+    assert await asyncio.gather(first, request, other) == [0, [6, 2, 4], 8]
+    assert machine.batches[1:] == [("k", [3, 1]), ("k", [2, 4])]
+
+
+async def test_a_request_of_no_items_does_nothing(batcher, machine) -> None:
+    assert await batcher.submit_all("k", [], []) == []
+    assert machine.batches == []
+
+
+async def test_a_request_takes_one_place_however_many_parts_it_has(batcher, machine, metrics) -> None:
+    tasks = [await occupied(batcher, machine), await submit_all(batcher, *range(20, 29))]
+    tasks += [await submit(batcher, i) for i in (1, 2, 3, 4)]
+    assert sample(metrics, "imagemesh_pending_requests") == 5
+    with pytest.raises(Overloaded):
+        await batcher.submit("k", 9)
+    machine.let_all()
+    results = await asyncio.gather(*tasks)
+    assert results[1] == list(range(40, 58, 2))
+    assert sample(metrics, "imagemesh_queue_wait_seconds_count") == 6
+
+
+async def test_a_refused_request_does_no_part_of_its_work(batcher, machine) -> None:
+    tasks = [await occupied(batcher, machine), *[await submit(batcher, i) for i in range(1, 6)]]
+    with pytest.raises(Overloaded):
+        await batcher.submit_all("k", [7, 8, 9], [2, 2, 2])
+    machine.let_all()
+    await asyncio.gather(*tasks)
+    assert {item for _, items in machine.batches for item in items} == set(range(6))
+
+
+async def test_a_caller_that_leaves_takes_all_its_parts_along_and_counts_once(batcher, machine, metrics) -> None:
+    first, leaver, other = (
+        await occupied(batcher, machine),
+        await submit_all(batcher, 1, 2, 3),
+        await submit(batcher, 4),
+    )
+    machine.permits.release()
+    await machine.begun.acquire()  # its first two parts are in work
+    leaver.cancel()
+    machine.let_all()
+    assert await asyncio.gather(first, other) == [0, 8]
+    assert machine.batches[1:] == [("k", [1, 2]), ("k", [4])]
+    assert sample(metrics, "imagemesh_cancelled_requests_total") == 1
+
+
+async def test_when_a_part_fails_those_not_begun_never_run(batcher, machine) -> None:
+    first, request, other = (
+        await occupied(batcher, machine),
+        await submit_all(batcher, 13, 1, 2, 3),
+        await submit(batcher, 4),
+    )
+    machine.let_all()
+    with pytest.raises(ArithmeticError):
+        await request
+    assert await asyncio.gather(first, other) == [0, 8]
+    assert machine.batches[1:] == [("k", [13, 1]), ("k", [13]), ("k", [4])]
+
+
+async def test_a_request_in_parts_is_charged_once_a_batch(batcher, machine) -> None:
+    call = CallContext()
+    set_current_call(call)
+    machine.let_all()
+    await batcher.submit_all("k", [1, 2, 3], [2, 2, 2])
+    assert [items for _, items in machine.batches] == [[1, 2], [3]]
+    assert call.compute_seconds == 0.5
+    assert 1.0 <= call.queue_seconds < 1.5  # what the machine says of each batch, and next to nothing of the queue
+
+
+async def test_rows_are_cut_into_batches_of_at_most_max_rows(metrics) -> None:
+    sizes: list[int] = []
+
+    async def compute(key: Hashable, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        sizes.append(sum(len(item) for item in items))
+        return [2 * item for item in items]
+
+    batcher: Batcher[np.ndarray, np.ndarray] = Batcher(compute, metrics, max_rows=4, max_queue=1)
+    parts = await submit_rows(batcher, "k", np.arange(10))
+    assert np.concatenate(parts).tolist() == list(range(0, 20, 2))
+    assert sizes == [4, 4, 2]
+
+
+async def test_a_request_in_preparation_holds_its_place(batcher, machine, metrics) -> None:
+    tasks = [await occupied(batcher, machine), *[await submit(batcher, i) for i in range(1, 5)]]
+    with batcher.reserve():
+        assert sample(metrics, "imagemesh_pending_requests") == 5
+        with pytest.raises(Overloaded):
+            await batcher.submit("k", 9)
+        with pytest.raises(Overloaded), batcher.reserve():
+            pytest.fail("the queue was full")
+    tasks.append(await submit(batcher, 5))
+    machine.let_all()
+    assert await asyncio.gather(*tasks) == [0, 2, 4, 6, 8, 10]
+
+
+async def test_nothing_is_prepared_for_a_closed_batcher(batcher) -> None:
+    await batcher.close()
+    with pytest.raises(Unavailable), batcher.reserve():
+        pytest.fail("the batcher was closed")
+
+
+@pytest.mark.parametrize(("seconds_left", "counted"), [(None, 1), (3600.0, 1), (-0.1, 0)])
+@pytest.mark.parametrize("preparing", [True, False])
+async def test_only_callers_who_went_are_counted_not_deadlines(
+    batcher, machine, metrics, seconds_left: float | None, counted: int, preparing: bool
+) -> None:
+    async def one() -> None:
+        set_current_call(CallContext(deadline=None if seconds_left is None else time.monotonic() + seconds_left))
+        if preparing:
+            with batcher.reserve():
+                await asyncio.Event().wait()
+        await batcher.submit("k", 1)
+
+    task = asyncio.create_task(one())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert sample(metrics, "imagemesh_cancelled_requests_total") == counted
     assert sample(metrics, "imagemesh_pending_requests") == 0

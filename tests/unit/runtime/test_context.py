@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 
 import pytest
 from hypothesis import example, given
@@ -87,3 +88,22 @@ async def test_the_current_call_follows_into_tasks_and_not_back() -> None:
 
     assert await asyncio.create_task(inner()) is outer
     assert current_call() is outer
+
+
+@pytest.mark.parametrize(
+    ("left", "lasted", "expired"),
+    [
+        (None, 0.0, False),
+        (60.0, 0.0, False),
+        (-1.0, 0.0, True),
+        (0.02, 0.0, True),  # the client's clock, which is a little early
+        (0.5, 1.0, False),
+        (0.5, 60.0, True),
+    ],
+)
+def test_a_cancelled_call_tells_a_deadline_from_a_caller_who_went(
+    left: float | None, lasted: float, expired: bool
+) -> None:
+    now = time.monotonic()
+    call = CallContext(deadline=None if left is None else now + left, begun=now - lasted)
+    assert call.expired() is expired
