@@ -6,6 +6,7 @@ import argparse
 import copy
 import math
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,17 @@ class Run:
     rng: np.random.Generator
     path: Path
     step: int = 0
+    stopped: bool = False
     saved: float = field(default_factory=time.monotonic)
+
+    def resume(self) -> None:
+        """Start or go on, and say which. From here on SIGTERM ends the run after its step, with a checkpoint."""
+        print("resumed" if self.load() else "started", "at step", self.step, flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopped", True))
+
+    def going(self, steps: int) -> bool:
+        """Whether there is another step to do."""
+        return self.step < steps and not self.stopped
 
     def learn(self, loss: torch.Tensor) -> None:
         """One optimizer step on this loss, gradients clipped to norm 1, and the average along with it."""

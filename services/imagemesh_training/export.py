@@ -22,35 +22,44 @@ from imagemesh_training.train_vit import processor
 LIMIT = 48 * 2**20  # bytes, all models together
 
 
-def load_as_float32(config: Path) -> None:
-    """Let transformers load these weights in float32, as diffusers does by itself, though they are stored in half."""
-    settings = json.loads(config.read_text())
-    settings["dtype"] = "float32"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+def settle(folder: Path) -> None:
+    """Make a written folder fit to ship.
+
+    transformers is told to load its weights in float32, as diffusers does by itself, though they are stored in half;
+    paths of the machine that trained them go; everyone may read the files.
+    """
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        if path.name == "config.json" and "dtype" in settings:
+            settings["dtype"] = "float32"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def export_pipeline(work: Path, folder: Path) -> None:
     """The text-to-picture folder; the tokenizer both in CLIP's own files and in the one newer libraries write."""
-    pipe = StableDiffusionPipeline.from_pretrained(work / "sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(work / "sd", dtype=torch.float16)
     if (work / "decoder").exists():
-        pipe.register_modules(vae=AutoencoderKL.from_pretrained(work / "decoder"))
-    pipe.to(torch.float16)
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(work / "decoder", dtype=torch.float16))
     pipe.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
-    load_as_float32(folder / "text_encoder" / "config.json")
+    settle(folder)
 
 
 def export_vit(work: Path, folder: Path) -> None:
     """The classifier with its labels and its image processor."""
     ViTForImageClassification.from_pretrained(work / "vit", dtype=torch.float16).save_pretrained(folder)
     processor().save_pretrained(folder)
-    load_as_float32(folder / "config.json")
+    settle(folder)
 
 
 def export_controlnet(work: Path, folder: Path) -> None:
     """The ControlNet for the pipeline's UNet."""
-    ControlNetModel.from_pretrained(work / "controlnet", torch_dtype=torch.float16).save_pretrained(folder)
+    ControlNetModel.from_pretrained(work / "controlnet", dtype=torch.float16).save_pretrained(folder)
+    settle(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

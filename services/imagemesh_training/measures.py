@@ -38,12 +38,12 @@ class Models:
 
     @staticmethod
     def load(root: Path) -> Models:
-        pipe = StableDiffusionPipeline.from_pretrained(root / "emoji-sd", torch_dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(root / "emoji-sd", dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         vit = ViTForImageClassification.from_pretrained(root / "emoji-vit", dtype=torch.float32).eval()
         processor = ViTImageProcessor.from_pretrained(root / "emoji-vit")
         folder = root / "emoji-controlnet"
-        control = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float32) if folder.exists() else None
+        control = ControlNetModel.from_pretrained(folder, dtype=torch.float32) if folder.exists() else None
         return Models(pipe, vit, processor, control)
 
 

@@ -69,10 +69,10 @@ def train(args: argparse.Namespace) -> None:
         control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS)
     optimizer = torch.optim.AdamW(control.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(control, optimizer, Ema(control, 0.998), np.random.default_rng(args.seed), args.work / "controlnet.pt")
-    print("resumed" if run.load() else "started", "at step", run.step, flush=True)
+    run.resume()
     noiser = DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "steps_offset"})
     progress = Progress(args.steps)
-    while run.step < args.steps:
+    while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr)
         picked = cached.pick(run.rng, args.batch)
         texts = [caption(cached.scenes[i], run.rng) if run.rng.random() > 0.5 else "" for i in picked]

@@ -39,6 +39,7 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
+REPEAT = 2  # noise levels a picture in one batch: its caption, a quarter of the cost, is encoded once
 WIDTH = 128  # of the text encoder, and so of cross-attention
 UNET = {
     "sample_size": 8,
@@ -63,8 +64,8 @@ class Denoiser(nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """noisy (n, 16, 8, 8), timesteps (n,), ids (n, 77) -> predicted velocity (n, 16, 8, 8)."""
-        states = self.text_encoder(ids).last_hidden_state
+        """noisy (n, 16, 8, 8), timesteps (n,), ids (n / k, 77), each for k rows -> predicted velocity (n, 16, 8, 8)."""
+        states = self.text_encoder(ids).last_hidden_state.repeat_interleave(len(noisy) // len(ids), 0)
         velocity: torch.Tensor = self.unet(noisy, timesteps, states).sample
         return velocity
 
@@ -151,17 +152,17 @@ def train(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(args.vae or args.work / "vae").eval().requires_grad_(False)
     cached = latents.load_or_make(args.work / "cache" / "latents.npz", vae, sprites, args.pictures, args.seed)
     model = load(args.init, words)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     run = Run(model, optimizer, Ema(model, 0.999), np.random.default_rng(args.seed), args.work / "unet.pt")
-    print("resumed" if run.load() else "started", "at step", run.step, flush=True)
+    run.resume()
     noiser = DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "steps_offset"})
     progress = Progress(args.steps)
-    while run.step < args.steps:
+    while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr)
-        picked = cached.pick(run.rng, args.batch)
+        picked = cached.pick(run.rng, args.batch // REPEAT)
         texts = [caption(cached.scenes[i], run.rng) if run.rng.random() > 0.1 else "" for i in picked]
         ids = words(texts, padding="max_length", max_length=tokenizer.LENGTH, return_tensors="pt").input_ids
-        loss = loss_of(model, cached.at(picked), ids, noiser)
+        loss = loss_of(model, cached.at(picked).repeat_interleave(REPEAT, 0), ids, noiser)
         run.learn(loss)
         progress.add(run.step, loss=loss.item())
         run.save_if_due(args.save_minutes)

@@ -124,9 +124,9 @@ def train(args: argparse.Namespace) -> None:
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     run = Run(vae, optimizer, Ema(vae, 0.999), np.random.default_rng(args.seed), args.work / f"{args.name}.pt")
-    print("resumed" if run.load() else "started", "at step", run.step, flush=True)
+    run.resume()
     progress = Progress(args.steps)
-    while run.step < args.steps:
+    while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr)
         loss, figures = loss_of(vae, batch_of(run.rng, sprites, args.batch), args.kl, args.decoder_only)
         run.learn(loss)

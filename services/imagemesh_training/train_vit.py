@@ -75,10 +75,10 @@ def train(args: argparse.Namespace) -> None:
     vit = ViTForImageClassification.from_pretrained(args.init).float() if args.init else new_vit()
     optimizer = torch.optim.AdamW(vit.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.02)
     run = Run(vit, optimizer, Ema(vit, 0.998), np.random.default_rng(args.seed), args.work / "vit.pt")
-    print("resumed" if run.load() else "started", "at step", run.step, flush=True)
+    run.resume()
     progress = Progress(args.steps)
     vit.train()
-    while run.step < args.steps:
+    while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr, warmup=200)
         labels = run.rng.integers(len(sprites), size=args.batch)
         pixels = to_tensor([augment.training_picture(int(thing), sprites, run.rng) for thing in labels])
