@@ -94,7 +94,7 @@ def _timing(timing: pb.StageTiming) -> Timing:
 def classifications(response: pb.ClassifyResponse) -> list[Classification]:
     """One a picture, in the order of the request."""
     return [
-        Classification(response.model, tuple(map(_prediction, classification.predictions)))
+        Classification(response.model, response.backend, tuple(map(_prediction, classification.predictions)))
         for classification in response.classifications
     ]
 

@@ -138,6 +138,8 @@ class Classification:
     """What a picture shows, best first."""
 
     model: str
+    # What ran the model, such as "torch".
+    backend: str
     predictions: tuple[Prediction, ...]
 
 

@@ -32,7 +32,7 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         asked = vit_service_pb2.ClassifyImagesRequest(model=model.name, images=request.images, top_k=request.top_k)
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.ClassifyImages, asked)
-        return pb.ClassifyResponse(classifications=answer.classifications, model=answer.model)
+        return pb.ClassifyResponse(classifications=answer.classifications, model=answer.model, backend=answer.backend)
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         mesh = self._mesh
@@ -42,7 +42,7 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         )
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.EmbedImages, asked)
-        return pb.EmbedResponse(embeddings=answer.embeddings, model=answer.model)
+        return pb.EmbedResponse(embeddings=answer.embeddings, model=answer.model, backend=answer.backend)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         models, unreachable = await self._mesh.models()

@@ -22,11 +22,13 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
+from imagemesh.v1 import gateway_service_pb2, gateway_service_pb2_grpc, image_pb2
 from imagemesh_cli.host import MeshHost
 from imagemesh_cli.rooms import SERVICES, configure
 from imagemesh_client import AsyncClient, Client, Control, Unavailable
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime.errors import FailedPrecondition
+from imagemesh_runtime.tensors import to_proto
 
 FREE = {"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0"}
 NAMES = ["controlnet", "diffusion", "text-encoder", "vae", "vit"]
@@ -66,8 +68,16 @@ async def test_every_service_of_the_mesh_answers() -> None:
     # The control adds its picture's brightness, a fifth, to every latent and so to every pixel.
     before, after = (np.asarray(made.images[0].to_pil(), dtype=int) for made in (plain, controlled))
     assert set((after - before).ravel()) == {51}
-    assert answer.model == "fake"
+    assert (answer.model, answer.backend) == ("fake", "fake")
     assert vectors.shape[0] == 2
+
+
+async def test_an_embedding_names_the_model_and_what_ran_it() -> None:
+    async with fake_mesh() as mesh, grpc.aio.insecure_channel(mesh.grpc_address) as channel:
+        picture = image_pb2.Image(pixels=to_proto(np.zeros((8, 8, 3), dtype=np.uint8)))
+        request = gateway_service_pb2.EmbedRequest(images=[picture])
+        answer = await gateway_service_pb2_grpc.GatewayServiceStub(channel).Embed(request)
+    assert (answer.model, answer.backend) == ("fake", "fake")
 
 
 async def test_services_listen_where_no_other_user_can_enter(temporary: Path) -> None:

@@ -67,14 +67,14 @@ class RecordingGateway(rpc.GatewayServiceServicer):
             vit_service_pb2.Prediction(label="dog", probability=0.25, index=1, logit=1.5),
         ]
         one = vit_service_pb2.Classification(predictions=predictions)
-        return pb.ClassifyResponse(classifications=[one] * len(request.images), model="vit-tiny")
+        return pb.ClassifyResponse(classifications=[one] * len(request.images), model="vit-tiny", backend="fake")
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         self._note(request)
         if self.hold:
             await self._hold()
         rows = np.array([[i, i + 0.5] for i in range(len(request.images))], dtype=np.float32)
-        return pb.EmbedResponse(embeddings=to_proto(rows), model="vit-tiny")
+        return pb.EmbedResponse(embeddings=to_proto(rows), model="vit-tiny", backend="fake")
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._note(request)

@@ -105,7 +105,9 @@ def test_classify_as_json(run: Run, tmp_path: Path) -> None:
     _, out, _ = run("classify", file, file, "--json")
     cat = {"label": "cat", "probability": 0.75, "index": 4, "logit": 2.5}
     dog = {"label": "dog", "probability": 0.25, "index": 1, "logit": 1.5}
-    assert json.loads(out) == [{"file": str(file), "model": "vit-tiny", "predictions": [cat, dog]}] * 2
+    assert (
+        json.loads(out) == [{"file": str(file), "model": "vit-tiny", "backend": "fake", "predictions": [cat, dog]}] * 2
+    )
 
 
 def test_embed_prints_a_line_a_picture(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_missing_file_is_an_os_error(gateway: RecordingGateway, tmp_path: Path
 def test_classify_answers_one_a_picture(gateway: RecordingGateway) -> None:
     with Client(gateway.address) as client:
         answers = client.classify([png(1), PIXELS], 2, model="vit-tiny")
-    shown = Classification("vit-tiny", (Prediction("cat", 0.75, 4, 2.5), Prediction("dog", 0.25, 1, 1.5)))
+    shown = Classification("vit-tiny", "fake", (Prediction("cat", 0.75, 4, 2.5), Prediction("dog", 0.25, 1, 1.5)))
     assert answers == [shown, shown]
     (request,) = gateway.requests
     assert (request.top_k, request.model, len(request.images)) == (2, "vit-tiny", 2)

@@ -405,7 +405,10 @@ class ClassifyResponse(_message.Message):
 
     CLASSIFICATIONS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    backend: _builtins.str
+    """What ran the model, such as "torch"."""
     @_builtins.property
     def classifications(self) -> _containers.RepeatedCompositeFieldContainer[_vit_service_pb2.Classification]: ...
     def __init__(
@@ -413,10 +416,11 @@ class ClassifyResponse(_message.Message):
         *,
         classifications: _abc.Iterable[_vit_service_pb2.Classification] | None = ...,
         model: _builtins.str = ...,
+        backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classifications", b"classifications", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "classifications", b"classifications", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -457,7 +461,10 @@ class EmbedResponse(_message.Message):
 
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    backend: _builtins.str
+    """What ran the model, such as "torch"."""
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
         """DTYPE_FP32, shape [images, width]."""
@@ -467,10 +474,11 @@ class EmbedResponse(_message.Message):
         *,
         embeddings: _tensor_pb2.Tensor | None = ...,
         model: _builtins.str = ...,
+        backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "embeddings", b"embeddings", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -134,9 +134,11 @@ class EncodeImagesResponse(_message.Message):
     LOG_VARIANCE_FIELD_NUMBER: _builtins.int
     SCALING_FACTOR_FIELD_NUMBER: _builtins.int
     SHIFT_FACTOR_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     scaling_factor: _builtins.float
     """scaled = (latents - shift_factor) * scaling_factor"""
     shift_factor: _builtins.float
+    backend: _builtins.str
     @_builtins.property
     def mean(self) -> _tensor_pb2.Tensor:
         """Mean and log-variance of the latents' distribution, each [pictures, channels, height, width], not scaled."""
@@ -150,10 +152,11 @@ class EncodeImagesResponse(_message.Message):
         log_variance: _tensor_pb2.Tensor | None = ...,
         scaling_factor: _builtins.float = ...,
         shift_factor: _builtins.float = ...,
+        backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["log_variance", b"log_variance", "mean", b"mean"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_variance", b"log_variance", "mean", b"mean", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "log_variance", b"log_variance", "mean", b"mean", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
