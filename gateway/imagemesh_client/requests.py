@@ -24,9 +24,9 @@ class GenerateOptions(TypedDict, total=False):
     model: str
     # Picture i of n takes seed + i. None: drawn.
     seed: int | None
-    # None: 20.
+    # None: what suits the model, 20 if it doesn't say.
     steps: int | None
-    # Classifier-free guidance. None: 7.5.
+    # Classifier-free guidance. None: what suits the model, 7.5 if it doesn't say.
     guidance: float | None
     # Pixels. None: the model's own size.
     width: int | None
