@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from imagemesh_cli.host import MeshHost, require_free
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
+from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.service import set_process_defaults
 
@@ -38,13 +39,19 @@ async def _up(host: MeshHost, as_json: bool) -> None:
 
 
 def _gateway(args: Namespace) -> Mapping[str, str]:
-    """Where the gateway listens, as far as options say so; a lone port is on this machine only."""
-    if args.host is None and args.grpc_port is None and args.http_port is None:
-        return {}
-    host = args.host or "127.0.0.1"
-    host = f"[{host}]" if ":" in host else host
-    ports = (50050 if args.grpc_port is None else args.grpc_port, 7860 if args.http_port is None else args.http_port)
-    return {"listen": f"{host}:{ports[0]}", "http_listen": f"{host}:{ports[1]}"}
+    """Where the gateway listens, as far as options say so; of the rest the configuration has the say."""
+    configured = configure(GatewayConfig, {}, args.config)
+    given: dict[str, str] = {}
+    for name, wanted in (("listen", args.grpc_port), ("http_listen", args.http_port)):
+        if args.host is None and wanted is None:
+            continue
+        address = getattr(configured, name)
+        usual = address if not address.startswith("unix:") else getattr(GatewayConfig, name)
+        host, _, port = usual.rpartition(":")
+        if args.host is not None:
+            host = f"[{args.host}]" if ":" in args.host else args.host
+        given[name] = f"{host}:{port if wanted is None else wanted}"
+    return given
 
 
 def serve(args: Namespace) -> int:

@@ -38,14 +38,39 @@ def test_a_setting_that_does_not_exist_names_those_that_do() -> None:
     ("arguments", "expected"),
     [
         ([], {}),
-        (["--grpc-port", "1"], {"listen": "127.0.0.1:1", "http_listen": "127.0.0.1:7860"}),
-        (["--http-port", "0"], {"listen": "127.0.0.1:50050", "http_listen": "127.0.0.1:0"}),
+        (["--grpc-port", "1"], {"listen": "127.0.0.1:1"}),
+        (["--http-port", "0"], {"http_listen": "127.0.0.1:0"}),
         (["--host", "0.0.0.0"], {"listen": "0.0.0.0:50050", "http_listen": "0.0.0.0:7860"}),
-        (["--host", "::1"], {"listen": "[::1]:50050", "http_listen": "[::1]:7860"}),
+        (["--host", "::1", "--grpc-port", "2"], {"listen": "[::1]:2", "http_listen": "[::1]:7860"}),
     ],
 )
 def test_options_of_up_say_where_the_gateway_listens(arguments: list[str], expected: dict[str, str]) -> None:
     assert _gateway(build_parser().parse_args(["up", *arguments])) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listen", "http_listen"),
+    [
+        ([], "10.0.0.1:5", "[::1]:6"),
+        (["--grpc-port", "1"], "10.0.0.1:1", "[::1]:6"),
+        (["--http-port", "2"], "10.0.0.1:5", "[::1]:2"),
+        (["--host", "localhost"], "localhost:5", "localhost:6"),
+    ],
+)
+def test_an_option_of_up_replaces_only_what_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], listen: str, http_listen: str
+) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('[gateway]\nlisten = "10.0.0.1:5"\n')
+    monkeypatch.setenv("IMAGEMESH_GATEWAY_HTTP_LISTEN", "[::1]:6")
+    options = _gateway(build_parser().parse_args(["up", "--config", str(file), *arguments]))
+    config = configure(GATEWAY.config(), options, file)
+    assert (config.listen, config.http_listen) == (listen, http_listen)
+
+
+def test_a_port_in_the_place_of_a_unix_socket_is_on_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEMESH_GATEWAY_LISTEN", "unix:/somewhere/a.sock")
+    assert _gateway(build_parser().parse_args(["up", "--grpc-port", "1"])) == {"listen": "127.0.0.1:1"}
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "http"])
