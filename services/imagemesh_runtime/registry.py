@@ -130,7 +130,7 @@ class Backend(Protocol[Model_co]):
     dtype: str
 
     def cards(self) -> Mapping[str, ModelCard]:
-        """The models that it can run, by name."""
+        """The models that it can run, by name; called from any thread, since it may read the disk."""
 
     def load(self, name: str) -> Model_co:
         """Load one of them; called on the lane."""
@@ -159,9 +159,6 @@ class LoadedModels(Generic[Model]):
         if name not in self._loaded:
             task = self._loading.get(name)
             if task is None:
-                cards = self.backend.cards()
-                if name not in cards:
-                    raise NotFound("model", name, cards)
                 task = self._loading[name] = asyncio.create_task(self._load(name))
                 task.add_done_callback(lambda done: self._settle(name, done))
             await asyncio.shield(task)
@@ -169,10 +166,16 @@ class LoadedModels(Generic[Model]):
 
     def _settle(self, name: str, task: asyncio.Task[None]) -> None:
         del self._loading[name]  # so that a load that failed can be tried again
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, NotFound):
             log.warning("%s: %s was not loaded: %r", self._metrics.service, name, error)
 
     async def _load(self, name: str) -> None:
+        cards = await asyncio.to_thread(self.backend.cards)  # it reads the disk
+        if name not in cards:
+            raise NotFound("model", name, cards)
         with self._metrics.model_load.time(name):
             self._loaded[name] = await self.lane.run(self.backend.load, name)
         log.info("%s: %s loaded by %s", self._metrics.service, name, self.backend.name)

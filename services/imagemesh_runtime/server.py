@@ -28,7 +28,8 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 class MeshServer:
     """One gRPC server with its metrics port and its admin port.
 
-    Lifecycle: ``add`` servicers, ``start``, ``set_ready``; later ``drain`` (new work goes elsewhere) and ``stop``.
+    Lifecycle: ``add`` servicers, ``start``, ``set_ready``; later ``drain`` (asks for new work to go
+    elsewhere) and ``stop``.
     """
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
@@ -80,7 +81,10 @@ class MeshServer:
         self._health.set(("", READINESS, *self._names), serving=self._ready)
 
     async def drain(self) -> None:
-        """Turn new callers away while calls under way go on."""
+        """Say through health and ``/readyz`` that new work should go elsewhere; load balancers then stop sending.
+
+        Calls that still come are served until ``stop``, so that nobody fails who has not yet heard of it.
+        """
         log.info("%s drains", self.name)
         self._draining = True
         await self.set_ready(False)

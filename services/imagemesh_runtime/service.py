@@ -63,6 +63,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> model_service_pb2.ListServedModelsResponse:
         """Answer from the disk and from memory; nothing is loaded."""
         backend = self._models.backend
+        cards = await asyncio.to_thread(backend.cards)  # it reads the disk
         infos = [
             model_service_pb2.ModelInfo(
                 name=card.name,
@@ -73,7 +74,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 loaded=self._models.is_loaded(card.name),
                 properties=card.properties,
             )
-            for card in backend.cards().values()
+            for card in cards.values()
         ]
         return model_service_pb2.ListServedModelsResponse(models=infos)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from imagemesh.v1.model_service_pb2 import ListServedModelsRequest
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
@@ -21,6 +22,7 @@ from imagemesh_runtime.registry import (
     cards_of,
     choose_backend,
 )
+from imagemesh_runtime.service import ModelServicer
 
 
 def put(root: Path, name: str, marker: str = "config.json", content: str = "{}") -> None:
@@ -137,8 +139,10 @@ class Backend:
         self.asked: list[str] = []
         self.begun, self.go = threading.Event(), threading.Event()
         self.fail = False
+        self.scanned_on: set[threading.Thread] = set()
 
     def cards(self) -> Mapping[str, ModelCard]:
+        self.scanned_on.add(threading.current_thread())
         return {"a": ModelCard("a"), "b": ModelCard("b")}
 
     def load(self, name: str) -> int:
@@ -172,6 +176,23 @@ async def test_concurrent_callers_share_one_load(backend: Backend, models: Loade
     assert backend.asked == ["a"]
     assert models.is_loaded("a")
     assert not models.is_loaded("b")
+
+
+async def test_the_disk_is_read_beside_the_event_loop(backend: Backend, models: LoadedModels[int]) -> None:
+    backend.go.set()
+    await models.get("a")
+    answer = await ModelServicer("numbers", models).ListServedModels(ListServedModelsRequest(), None)
+    assert [(info.name, info.loaded) for info in answer.models] == [("a", True), ("b", False)]
+    assert backend.scanned_on
+    assert threading.current_thread() not in backend.scanned_on
+
+
+async def test_an_unknown_name_is_its_callers_mistake_and_not_logged(
+    backend: Backend, models: LoadedModels[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    results = await asyncio.gather(*(models.get("c") for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == [NotFound] * 3
+    assert caplog.records == []
 
 
 async def test_a_load_outlives_the_caller_that_began_it(backend: Backend, models: LoadedModels[int]) -> None:
