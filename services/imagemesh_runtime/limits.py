@@ -5,6 +5,8 @@ from typing import Final
 from imagemesh_runtime.errors import InvalidArgument
 
 MAX_PROMPT_CHARACTERS: Final = 10_000
+# A prompt's windows; 32 of CLIP's hold 2,400 tokens.
+MAX_WINDOWS: Final = 32
 # Of a prompt's embeddings: 53 windows of 77.
 MAX_TOKENS: Final = 4096
 MAX_STEPS: Final = 1000

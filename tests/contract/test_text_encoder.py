@@ -1,6 +1,7 @@
 """What every text encoder backend promises at its seam."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +21,34 @@ def model(request: pytest.FixtureRequest, models: Path) -> TextModel:
 
 @pytest.mark.parametrize("text", ["", "a cat", "\u00fc\U0001f600\x00\u4e2d"])
 def test_short_prompt_is_one_window_of_int64(model, text):
-    tokens = model.tokenize(text)
+    tokens = model.tokenize(text).windows
     assert tokens.dtype == np.int64
-    assert tokens.shape == (1, model.tokenize("").shape[1])
+    assert tokens.shape == (1, model.tokenize("").windows.shape[1])
 
 
 def test_long_prompt_goes_on_in_further_windows(model):
-    tokens = model.tokenize(LONG)
+    tokens = model.tokenize(LONG).windows
     inner = tokens.shape[1] - 2
-    assert len(tokens) == -(-model.count_tokens(LONG) // inner) > 1
+    assert len(tokens) == -(-model.tokenize(LONG).count // inner) > 1
 
 
 def test_every_window_begins_with_the_start_token(model):
-    assert set(model.tokenize(LONG)[:, 0]) == {model.tokenize("")[0, 0]}
+    assert set(model.tokenize(LONG).windows[:, 0]) == {model.tokenize("").windows[0, 0]}
 
 
 def test_empty_prompt_has_no_tokens_of_its_own(model):
-    assert model.count_tokens("") == 0
+    assert model.tokenize("").count == 0
+
+
+def test_tokenizing_from_many_threads_gives_the_same(model):
+    texts = [LONG[:i] for i in range(0, 400, 10)]
+    with ThreadPoolExecutor(8) as pool:
+        together = [tokens.windows.tolist() for tokens in pool.map(model.tokenize, texts)]
+    assert together == [model.tokenize(text).windows.tolist() for text in texts]
 
 
 def test_embeddings_are_finite_floats_a_row_a_token(model):
-    tokens = model.tokenize(LONG)
+    tokens = model.tokenize(LONG).windows
     embeds = model.encode(tokens, 0)
     assert embeds.shape[:2] == tokens.shape
     assert embeds.ndim == 3
@@ -49,22 +57,25 @@ def test_embeddings_are_finite_floats_a_row_a_token(model):
 
 
 def test_the_same_tokens_give_the_same_embeddings(model):
-    tokens = model.tokenize("a cat")
+    tokens = model.tokenize("a cat").windows
     np.testing.assert_array_equal(model.encode(tokens, 0), model.encode(tokens, 0))
 
 
 def test_other_prompts_give_other_embeddings(model):
-    assert np.abs(model.encode(model.tokenize("cat"), 0) - model.encode(model.tokenize("dog"), 0)).max() > 1e-3
+    assert (
+        np.abs(model.encode(model.tokenize("cat").windows, 0) - model.encode(model.tokenize("dog").windows, 0)).max()
+        > 1e-3
+    )
 
 
 def test_batch_equals_singles(model):
-    tokens = np.concatenate([model.tokenize(text) for text in ("", "a cat", LONG)])
+    tokens = np.concatenate([model.tokenize(text).windows for text in ("", "a cat", LONG)])
     singles = np.concatenate([model.encode(row[None], 0) for row in tokens])
     np.testing.assert_allclose(model.encode(tokens, 0), singles, atol=1e-4)
 
 
 def test_every_clip_skip_below_the_number_of_layers_gives_its_own_embeddings(model):
-    tokens = model.tokenize("a cat")
+    tokens = model.tokenize("a cat").windows
     embeds = [model.encode(tokens, skip) for skip in range(model.layers)]
     assert {one.shape for one in embeds} == {embeds[0].shape}
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(embeds))

@@ -16,11 +16,11 @@ PLAIN = MemoryOptions()
 
 
 def test_text_tokens_are_code_points_between_start_and_ends():
-    assert FakeTextModel().tokenize("hi").tolist() == [[1, 104, 105, 2, 2, 2, 2, 2]]
+    assert FakeTextModel().tokenize("hi").windows.tolist() == [[1, 104, 105, 2, 2, 2, 2, 2]]
 
 
 def test_text_goes_on_in_a_second_window_after_six_characters():
-    assert FakeTextModel().tokenize("abcdefg").tolist() == [
+    assert FakeTextModel().tokenize("abcdefg").windows.tolist() == [
         [1, 97, 98, 99, 100, 101, 102, 2],
         [1, 103, 2, 2, 2, 2, 2, 2],
     ]

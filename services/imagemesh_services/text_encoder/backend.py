@@ -1,10 +1,21 @@
 """The seam between the text encoder service and what runs the model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt cut into windows, each with its start, end and padding tokens."""
+
+    # int64 [windows, window]; an empty prompt is one window.
+    windows: Array
+    # Tokens of the prompt itself.
+    count: int
 
 
 class TextModel(Protocol):
@@ -12,14 +23,8 @@ class TextModel(Protocol):
 
     layers: int
 
-    def tokenize(self, text: str) -> Array:
-        """int64 [windows, window]: the prompt cut into windows, each with its start, end and padding tokens.
-
-        An empty prompt is one window.
-        """
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of the prompt itself."""
+    def tokenize(self, text: str) -> Tokens:
+        """Called from any thread, several at a time; ``encode`` is called on the lane."""
 
     def encode(self, tokens: Array, clip_skip: int) -> Array:
         """float [windows, window, width]: the hidden states, ``clip_skip`` layers before the last, normed."""

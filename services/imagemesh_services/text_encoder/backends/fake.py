@@ -10,6 +10,7 @@ import numpy as np
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.text_encoder.backend import Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 
 START, END, WINDOW, WIDTH = 1, 2, 8, 4
@@ -20,15 +21,12 @@ class FakeTextModel:
 
     layers = 3
 
-    def tokenize(self, text: str) -> Array:
+    def tokenize(self, text: str) -> Tokens:
         inner = WINDOW - 2
         codes = [ord(character) for character in text]
         windows = [codes[i : i + inner] for i in range(0, max(len(codes), 1), inner)]
         rows = [[START, *window, *[END] * (WINDOW - 1 - len(window))] for window in windows]
-        return np.array(rows, dtype=np.int64)
-
-    def count_tokens(self, text: str) -> int:
-        return len(text)
+        return Tokens(np.array(rows, dtype=np.int64), len(text))
 
     def encode(self, tokens: Array, clip_skip: int) -> Array:
         return np.repeat(tokens[..., None] / 256 - clip_skip, WIDTH, axis=-1).astype(np.float32)

@@ -1,17 +1,22 @@
 """CLIP text encoders in torch, as Stable Diffusion's pipelines run them."""
 
 from collections.abc import Mapping
-from typing import Any
+from threading import Lock
+from typing import Any, Final
 
 import numpy as np
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
+from imagemesh_services.text_encoder.backend import Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
+
+# One class under the two names that folders call it by.
+TOKENIZERS: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 class TorchTextModel:
@@ -20,20 +25,18 @@ class TorchTextModel:
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.layers: int = model.config.num_hidden_layers
         self._tokenizer = tokenizer
+        self._turn = Lock()  # a call sets options of the tokenizer, which another thread's call may be using
         self._model = model
         self._window: int = tokenizer.model_max_length
 
-    def tokenize(self, text: str) -> Array:
+    def tokenize(self, text: str) -> Tokens:
         """A prompt longer than the window goes on in further windows, each with its own start and end."""
         inner = self._window - 2
         ids = self._ids(text)
         start, end, pad = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
         windows = [ids[i : i + inner] for i in range(0, max(len(ids), 1), inner)]
         rows = [[start, *window, end, *[pad] * (inner - len(window))] for window in windows]
-        return np.array(rows, dtype=np.int64)
-
-    def count_tokens(self, text: str) -> int:
-        return len(self._ids(text))
+        return Tokens(np.array(rows, dtype=np.int64), len(ids))
 
     @torch.inference_mode()
     def encode(self, tokens: Array, clip_skip: int) -> Array:
@@ -46,7 +49,8 @@ class TorchTextModel:
         return to_numpy(self._model.final_layer_norm(hidden))
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        with self._turn:
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return ids
 
     def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
@@ -71,14 +75,18 @@ class TorchTextEncoder:
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        folders = self._repository.folders().values()
-        return {
-            folder.name: ModelCard(folder.name, {"class": folder.config["text_encoder"][1]})
-            for folder in folders
-            if folder.has("text_encoder", "tokenizer")
-        }
+        return cards_of(self._repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchTextModel:
         path = self._repository.folders()[name].path
         tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
         return TorchTextModel(tokenizer, load_module(CLIPTextModel, path / "text_encoder", self._dtype, self._device))
+
+
+def _card(folder: ModelFolder) -> ModelCard | None:
+    if not folder.has("text_encoder", "tokenizer"):
+        return None
+    encoder, tokenizer = (folder.config[part][1] for part in ("text_encoder", "tokenizer"))
+    if encoder != CLIPTextModel.__name__ or tokenizer not in TOKENIZERS:
+        return None  # T5 of the same folder layout, for one
+    return ModelCard(folder.name, {"class": encoder})
