@@ -25,7 +25,11 @@ class VaeModel(Protocol):
     shift_factor: float
 
     def decode(self, latents: Array, memory: MemoryOptions) -> Array:
-        """Scaled float latents [n, channels, h, w] to uint8 pictures [n, h * scale_factor, w * scale_factor, 3]."""
+        """Scaled float latents [n, channels, h, w] to uint8 pictures [n, h * scale_factor, w * scale_factor, 3].
+
+        Raises:
+            NotFinite: the model gave NaN or infinity; ``encode`` likewise.
+        """
 
     def encode(self, images: Array, memory: MemoryOptions) -> tuple[Array, Array]:
         """uint8 pictures [n, height, width, 3] to the posterior's mean and log-variance, float32, not scaled."""

@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 
-from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.errors import NotFinite
+from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
@@ -19,7 +20,8 @@ from imagemesh_services.vae.config import VaeConfig
 class TorchVaeModel:
     """An AutoencoderKL with the processor of diffusers' pipelines around it."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, name: str, vae: Any) -> None:
+        self._name = name
         self._vae = vae
         self.channels: int = vae.config.latent_channels
         self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -31,7 +33,7 @@ class TorchVaeModel:
     def decode(self, latents: Array, memory: MemoryOptions) -> Array:
         scaled = to_torch(latents, self._vae.device, self._vae.dtype)
         with self._spending(memory):
-            pixels = self._vae.decode(scaled / self.scaling_factor + self.shift_factor).sample
+            pixels = self._finite(self._vae.decode(scaled / self.scaling_factor + self.shift_factor).sample, "pixels")
         images = self._processor.postprocess(pixels.float(), output_type="np")
         array: Array = (images * 255).round().astype("uint8")
         return array
@@ -41,7 +43,14 @@ class TorchVaeModel:
         pixels = to_torch(images, self._vae.device).permute(0, 3, 1, 2).to(self._vae.dtype) / 127.5 - 1
         with self._spending(memory):
             posterior = self._vae.encode(pixels).latent_dist
-        return to_numpy(posterior.mean.float()), to_numpy(posterior.logvar.float())
+        mean, log_variance = (self._finite(part.float(), "latents") for part in (posterior.mean, posterior.logvar))
+        return to_numpy(mean), to_numpy(log_variance)
+
+    def _finite(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """NaN would become a black picture, which looks like an answer."""
+        if not torch.isfinite(values).all():
+            raise NotFinite(self._name, what)
+        return values
 
     @contextmanager
     def _spending(self, memory: MemoryOptions) -> Iterator[None]:
@@ -66,13 +75,14 @@ class TorchVae:
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        folders = self._repository.folders().values()
-        return {
-            folder.name: ModelCard(folder.name, {"class": folder.config["vae"][1]})
-            for folder in folders
-            if folder.has("vae")
-        }
+        return cards_of(self._repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchVaeModel:
         path = self._repository.folders()[name].path
-        return TorchVaeModel(load_module(AutoencoderKL, path / "vae", self._dtype, self._device))
+        return TorchVaeModel(name, load_module(AutoencoderKL, path / "vae", self._dtype, self._device))
+
+
+def _card(folder: ModelFolder) -> ModelCard | None:
+    if not folder.has("vae") or folder.config["vae"][1] != AutoencoderKL.__name__:
+        return None
+    return ModelCard(folder.name, {"class": folder.config["vae"][1]})

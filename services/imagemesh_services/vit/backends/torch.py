@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from imagemesh_runtime.errors import FailedPrecondition
-from imagemesh_runtime.registry import ModelCard, ModelFolder
+from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
@@ -73,8 +73,7 @@ class TorchVit:
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        folders = self._repository.folders().values()
-        return {folder.name: _card(folder) for folder in folders if _architecture(folder) in PREFIX_TOKENS}
+        return cards_of(self._repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchVitModel:
         folder = self._repository.folders()[name]
@@ -92,7 +91,9 @@ def _architecture(folder: ModelFolder) -> str:
     return str(names[0])
 
 
-def _card(folder: ModelFolder) -> ModelCard:
+def _card(folder: ModelFolder) -> ModelCard | None:
+    if _architecture(folder) not in PREFIX_TOKENS:
+        return None
     properties = {"class": _architecture(folder), "labels": str(len(folder.config.get("id2label", ())))}
     return ModelCard(folder.name, properties)
 
