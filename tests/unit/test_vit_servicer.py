@@ -10,10 +10,11 @@ import pytest
 
 from imagemesh.v1 import image_pb2
 from imagemesh.v1 import vit_service_pb2 as pb
+from imagemesh_runtime.errors import Overloaded
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
-from imagemesh_runtime.tensors import to_proto
+from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.vit.backends.fake import FakeVit, FakeVitModel
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.servicer import VitServicer
@@ -73,15 +74,15 @@ async def room() -> AsyncIterator[Room]:
     await models.get("fake")
     servicer = VitServicer(config, models, metrics)
     submitted = asyncio.Semaphore(0)
-    submit = servicer.batcher.submit
+    submit_all = servicer.batcher.submit_all
 
-    async def noting_submit(*args):
+    async def noting_submit_all(*args):
         submitted.release()
-        return await submit(*args)
+        return await submit_all(*args)
 
-    servicer.batcher.submit = noting_submit  # type: ignore[method-assign]
+    servicer.batcher.submit_all = noting_submit_all  # type: ignore[method-assign]
     yield Room(servicer, model, submitted)
-    await servicer.batcher.close()
+    await servicer.close()
     lane.close()
 
 
@@ -135,3 +136,83 @@ async def test_preprocessing_does_not_wait_for_the_lane(room):
     await room.together(room.servicer.ClassifyImages(_classify(1), None))
     assert room.model.threads
     assert not any(name.startswith("lane-") for name in room.model.threads)
+
+
+async def test_a_request_of_many_pictures_is_cut_into_forwards_of_max_batch(room):
+    room.model.release.set()
+    answer = await room.servicer.ClassifyImages(_classify(*range(10)), None)
+    assert room.model.forwards == [("classify", 4), ("classify", 4), ("classify", 2)]
+    logits = [one.predictions[0].logit for one in answer.classifications]
+    np.testing.assert_allclose(logits, np.arange(10) / 255, atol=1e-6)
+
+
+async def test_hidden_states_of_many_pictures_come_in_their_order(room):
+    answer = await room.servicer.EmbedImages(_embed(*range(6), hidden_states=1), None)
+    assert room.model.forwards == [("cls True", 4), ("cls True", 2)]
+    states = from_proto(answer.hidden_states, "hidden_states")
+    np.testing.assert_allclose(states[1, :, 0, 0], np.arange(6) / 255, atol=1e-6)
+
+
+class Decoding(FakeVitModel):
+    """Counts how many pictures are being preprocessed; each waits for a permit."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.done = 0
+        self.begun = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
+        self._turn = threading.Lock()
+
+    def preprocess(self, image):
+        with self._turn:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.begun.release()
+        assert self.permits.acquire(timeout=60)
+        with self._turn:
+            self.now -= 1
+            self.done += 1
+        return super().preprocess(image)
+
+
+@pytest.fixture
+async def decoding() -> AsyncIterator[tuple[VitServicer, Decoding]]:
+    config, metrics, lane = VitConfig(backend="fake", max_queue=5, max_decoding=2), Metrics("vit"), Lane("vit")
+    models: LoadedModels[FakeVitModel] = LoadedModels(FakeVit(config), lane, metrics)
+    model = Decoding()
+    models.backend.load = lambda name: model  # type: ignore[method-assign]
+    await models.get("fake")
+    servicer = VitServicer(config, models, metrics)
+    yield servicer, model
+    model.permits.release(100)
+    await servicer.close()
+    lane.close()
+
+
+async def _begin(servicer: VitServicer, count: int) -> list[asyncio.Task[pb.ClassifyImagesResponse]]:
+    tasks = [asyncio.create_task(servicer.ClassifyImages(_classify(1), None)) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_few_pictures_are_decoded_at_a_time_also_when_callers_leave(decoding):
+    servicer, model = decoding
+    tasks = await _begin(servicer, 5)
+    for _ in range(2):
+        assert await asyncio.to_thread(model.begun.acquire, timeout=60)
+    for task in tasks[:2]:
+        task.cancel()
+    await asyncio.gather(*tasks[:2], return_exceptions=True)
+    tasks += await _begin(servicer, 2)
+    model.permits.release(100)
+    await asyncio.gather(*tasks[2:])
+    assert (model.most, model.done) == (2, 7)
+
+
+async def test_a_full_queue_refuses_before_decoding(decoding):
+    servicer, model = decoding
+    tasks = await _begin(servicer, 5)
+    with pytest.raises(Overloaded):
+        await servicer.ClassifyImages(_classify(1), None)
+    model.permits.release(100)
+    await asyncio.gather(*tasks)
+    assert model.done == 5

@@ -13,3 +13,5 @@ class VitConfig(ModelServerConfig):
     SERVICE: ClassVar[str] = "vit"
     listen: str = "127.0.0.1:50055"
     max_batch: int = 32
+    # Pictures being decoded and preprocessed at a time: a small file may hold 67 million pixels.
+    max_decoding: int = 2

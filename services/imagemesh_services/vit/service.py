@@ -17,5 +17,5 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     servicer = VitServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VitServiceServicer_to_server, servicer, "imagemesh.v1.VitService")
-    server.on_stop(servicer.batcher.close)
+    server.on_stop(servicer.close)
     return server

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 from imagemesh.v1 import image_pb2
 from imagemesh.v1 import vit_service_pb2 as pb
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
-from imagemesh_runtime.batching import Batcher
+from imagemesh_runtime.batching import Batcher, submit_rows
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.images import decode
 from imagemesh_runtime.limits import MAX_IMAGES, check_range
@@ -49,12 +50,19 @@ class VitServicer(rpc.VitServiceServicer):
         self.batcher: Batcher[Array, Any] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
+        # A pool, not a semaphore: a caller who leaves frees its thread only when the decoding has really ended.
+        self._decoders = ThreadPoolExecutor(config.max_decoding, thread_name_prefix="decode")
+
+    async def close(self) -> None:
+        """Stop; whoever still waits gets Unavailable."""
+        await self.batcher.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def ClassifyImages(self, request: pb.ClassifyImagesRequest, context: Any) -> pb.ClassifyImagesResponse:
         check_range("images", len(request.images), 1, MAX_IMAGES)
         model = await self._models.get(request.model)
         pixels = await self._pixels(model, request.images)
-        logits: Array = await self.batcher.submit(_Key(request.model, pixels.shape[1:]), pixels, len(pixels))
+        logits = np.concatenate(await submit_rows(self.batcher, _Key(request.model, pixels.shape[1:]), pixels))
         return pb.ClassifyImagesResponse(
             classifications=[_classification(row, model.labels, request.top_k or DEFAULT_TOP_K) for row in logits],
             model=request.model,
@@ -70,7 +78,7 @@ class VitServicer(rpc.VitServiceServicer):
             self._check_hidden_states(model, len(request.images))
         pixels = await self._pixels(model, request.images)
         key = _Key(request.model, pixels.shape[1:], _POOLINGS[request.pooling], request.hidden_states)
-        vectors, hidden_states = cast(Embedding, await self.batcher.submit(key, pixels, len(pixels)))
+        vectors, hidden_states = _joined(await submit_rows(self.batcher, key, pixels))
         return pb.EmbedImagesResponse(
             embeddings=to_proto(_normalized(vectors) if request.normalize else vectors),
             hidden_states=None if hidden_states is None else to_proto(hidden_states.swapaxes(0, 1)),
@@ -80,8 +88,13 @@ class VitServicer(rpc.VitServiceServicer):
 
     async def _pixels(self, model: VitModel, images: Sequence[image_pb2.Image]) -> Array:
         """float32 [images, 3, h, w]: decoded and preprocessed beside the lane, which has forwards to do."""
+        with self.batcher.reserve():
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, self._preprocessed, model, images)
+
+    def _preprocessed(self, model: VitModel, images: Sequence[image_pb2.Image]) -> Array:
+        # One after another, so that a request has only one picture at a time in memory at its full size.
         with self._metrics.stage.time("preprocess"):
-            return await asyncio.to_thread(_preprocessed, model, images)
+            return np.stack([model.preprocess(decode(image, f"images[{i}]")) for i, image in enumerate(images)])
 
     async def _compute(self, key: Hashable, items: Sequence[Array]) -> list[Array] | list[Embedding]:
         wanted = cast(_Key, key)
@@ -106,9 +119,10 @@ class VitServicer(rpc.VitServiceServicer):
             raise InvalidArgument("images", images, f"at most {most} where this model's hidden states are asked for")
 
 
-def _preprocessed(model: VitModel, images: Sequence[image_pb2.Image]) -> Array:
-    # One after another, so that only one picture at a time is in memory at its full size.
-    return np.stack([model.preprocess(decode(image, f"images[{i}]")) for i, image in enumerate(images)])
+def _joined(parts: Sequence[Embedding]) -> Embedding:
+    vectors = np.concatenate([part.vectors for part in parts])
+    states = [part.hidden_states for part in parts if part.hidden_states is not None]
+    return Embedding(vectors, np.concatenate(states) if states else None)
 
 
 def _classification(logits: Array, labels: Sequence[str], top_k: int) -> pb.Classification:
