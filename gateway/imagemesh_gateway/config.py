@@ -24,6 +24,10 @@ class GatewayConfig(ServerConfig):
     default_vit: str = ""
     max_message_bytes: int = 256 * MIB
     max_http_body_bytes: int = 32 * MIB
+    # Requests of the HTTP face in work at a time; probes and scrapes are not counted.
+    max_http_requests: int = 64
+    # How long a client may take to send a request's body.
+    http_body_timeout_seconds: float = 60.0
     # How long a service may take to say what models it has.
     catalogue_timeout_seconds: float = 5.0
     # How long its answer is believed.

@@ -1,29 +1,49 @@
 """The gateway's HTTP face: generate, scrape, probe."""
 
-import asyncio
 import base64
-import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Annotated, Final
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from google.protobuf.json_format import MessageToDict
-from google.rpc import error_details_pb2
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.accept import choose
+from imagemesh_gateway.http_errors import RefusedRequest, add_error_handlers
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
-from imagemesh_runtime.context import CallContext, Trace, set_current_call
-from imagemesh_runtime.errors import InvalidArgument, MeshError, http_status
+from imagemesh_runtime.limits import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS
 from imagemesh_runtime.metrics import Metrics
 
-T = TypeVar("T")
+JSON, PNG = "application/json", "image/png"
+
+
+def _valid(text: str) -> str:
+    text.encode()  # UnicodeEncodeError, which is a ValueError: JSON can spell half of a surrogate pair
+    return text
+
+
+Text = Annotated[str, AfterValidator(_valid)]
+
+# What the fields of GenerateBody may be, for errors to say.
+_TEXT = "a string of valid Unicode"
+_SIDE = f"a whole number of pixels up to {MAX_SIDE}, or 0 for the model's default"
+ALLOWED: Final = {
+    "prompt": _TEXT,
+    "negative_prompt": _TEXT,
+    "seed": f"a whole number from 0 to {MAX_SEED}",
+    "steps": f"1 to {MAX_STEPS}",
+    "guidance": f"0 to {MAX_GUIDANCE}",
+    "width": _SIDE,
+    "height": _SIDE,
+    "scheduler": _TEXT,
+    "model": _TEXT,
+}
 
 
 class GenerateBody(BaseModel):
@@ -31,15 +51,15 @@ class GenerateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
-    negative_prompt: str = ""
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Drawn if left out.")
-    steps: int | None = Field(None, ge=0, lt=2**32)
-    guidance: float | None = None
-    width: int = Field(0, ge=0, lt=2**32, description="Pixels; 0 is the model's default.")
-    height: int = Field(0, ge=0, lt=2**32, description="Pixels; 0 is the model's default.")
-    scheduler: str = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
-    model: str = ""
+    prompt: Text
+    negative_prompt: Text = ""
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Drawn if left out.")
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    width: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels; 0 is the model's default.")
+    height: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels; 0 is the model's default.")
+    scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
+    model: Text = ""
 
     def to_proto(self) -> pb.GenerateRequest:
         """The same request for the pipeline."""
@@ -49,8 +69,8 @@ class GenerateBody(BaseModel):
         return pb.GenerateRequest(**values)
 
 
-def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool], timeout_seconds: float) -> FastAPI:
-    """The application; ``timeout_seconds`` bounds a request."""
+def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:
+    """The application; bounds and the call's context are up to ``http_guard``."""
     app = FastAPI(title="imagemesh", summary="Images made and understood by a mesh of gRPC services")
 
     @app.get("/readyz", include_in_schema=False)
@@ -64,28 +84,33 @@ def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool], timeout_
 
     @app.post(
         "/v1/generate",
-        responses={200: {"content": {"image/png": {}, "application/json": {}}, "description": "The picture."}},
+        dependencies=[Depends(_require_json)],
+        responses={200: {"content": {PNG: {}, JSON: {}}, "description": "The picture."}},
     )
-    async def generate_picture(body: GenerateBody, request: Request) -> Response:
-        """Make a picture: a PNG where the client accepts one, else JSON with the picture in base64."""
-        _begin_call(request, timeout_seconds)
-        result = await _while_connected(request, _generate(mesh, metrics, body.to_proto(), timeout_seconds))
-        return _answer(result, request.headers.get("accept", "*/*"))
+    async def generate_picture(body: GenerateBody, media: Annotated[str, Depends(_negotiated)]) -> Response:
+        """Make a picture: JSON with the picture in base64, or a PNG where the client likes that better."""
+        return _answer(await _generate(mesh, metrics, body.to_proto()), media)
 
-    app.add_exception_handler(MeshError, _on_mesh_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    add_error_handlers(app, ALLOWED)
     return app
 
 
-def _begin_call(request: Request, timeout_seconds: float) -> None:
-    parent = Trace.parse(request.headers.get("traceparent"))
-    trace = parent.child() if parent else Trace.start()
-    set_current_call(CallContext(trace, time.monotonic() + timeout_seconds))
+async def _require_json(request: Request) -> None:
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != JSON:
+        raise RefusedRequest(415, "body", kind or "no Content-Type", f"JSON, with Content-Type: {JSON}")
 
 
-async def _generate(
-    mesh: Mesh, metrics: Metrics, asked: pb.GenerateRequest, timeout_seconds: float
-) -> pb.GenerateResult:
+async def _negotiated(request: Request) -> str:
+    """The media type to answer with; asked before the work is done."""
+    accept = ",".join(request.headers.getlist("accept"))
+    media = choose(accept, (JSON, PNG))
+    if media is None:
+        raise RefusedRequest(406, "Accept", accept, f"something that {JSON} or {PNG} satisfies")
+    return media
+
+
+async def _generate(mesh: Mesh, metrics: Metrics, asked: pb.GenerateRequest) -> pb.GenerateResult:
     plan = await make_plan(asked, mesh)
     async with aclosing(generate(mesh, plan, metrics)) as events:
         async for event in events:
@@ -94,89 +119,17 @@ async def _generate(
     raise RuntimeError("the pipeline ended without a result")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, but give it up when the client goes."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        return await task
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _answer(result: pb.GenerateResult, accept: str) -> Response:
+def _answer(result: pb.GenerateResult, media: str) -> Response:
+    first = result.images[0]
+    if media == PNG:
+        return Response(first.png, media_type=PNG, headers={"X-Imagemesh-Seed": str(first.seed)})
     parameters = MessageToDict(result.parameters, preserving_proto_field_name=True)
-    if "image/png" in accept or "image/*" in accept:
-        return Response(
-            result.images[0].png, media_type="image/png", headers={"X-Imagemesh-Seed": str(result.images[0].seed)}
-        )
     return JSONResponse(
         {
             "id": result.id,
             "images": [{"png": base64.b64encode(image.png).decode(), "seed": image.seed} for image in result.images],
             "parameters": parameters | {"seed": result.parameters.seed},
             "timings": [MessageToDict(one, preserving_proto_field_name=True) for one in result.timings],
-        }
+        },
+        headers={"X-Imagemesh-Seed": str(first.seed)},
     )
-
-
-async def _on_mesh_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, MeshError)
-    retry_after = error.retry_after()
-    headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
-    body: dict[str, object] = {"code": error.code.name, "message": str(error)}
-    for detail in error.details():
-        if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
-            body["field"] = detail.field_violations[0].field
-    return JSONResponse({"error": body}, http_status(error.code), headers)
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    body = {"code": "INVALID_ARGUMENT", "message": f"{field}: {first['msg']}", "field": field}
-    return JSONResponse({"error": body}, 400)
-
-
-class BodyLimit:
-    """ASGI middleware that refuses bodies over a limit, by their announced length or while they come in."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection event."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self._max_bytes:
-            await self._refuse(scope, receive, send)
-            return
-        received = 0
-
-        async def bounded() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise InvalidArgument("body", f"over {self._max_bytes} bytes", f"at most {self._max_bytes} bytes")
-            return message
-
-        await self._app(scope, bounded, send)
-
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        message = f"the body must be at most {self._max_bytes} bytes"
-        response = JSONResponse({"error": {"code": "INVALID_ARGUMENT", "message": message, "field": "body"}}, 413)
-        await response(scope, receive, send)

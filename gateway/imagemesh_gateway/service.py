@@ -8,7 +8,8 @@ import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_gateway.config import GatewayConfig
-from imagemesh_gateway.http import BodyLimit, create_app
+from imagemesh_gateway.http import create_app
+from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
@@ -24,12 +25,12 @@ class GatewayServer(MeshServer):
         self.add(
             rpc.add_GatewayServiceServicer_to_server, GatewayServicer(mesh, metrics), "imagemesh.v1.GatewayService"
         )
-        app = create_app(mesh, metrics, lambda: self._ready, config.request_timeout_seconds)
+        app = Guard(create_app(mesh, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
         host, _, port = config.http_listen.rpartition(":")
         host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
         self._http = _EmbeddedUvicorn(
             uvicorn.Config(
-                BodyLimit(app, config.max_http_body_bytes), host=host, port=int(port), lifespan="off", log_config=None,
+                app, host=host, port=int(port), lifespan="off", log_config=None,
                 access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
             )
         )  # fmt: skip
@@ -51,10 +52,14 @@ class GatewayServer(MeshServer):
     async def stop(self) -> None:
         """Turn new callers away, let calls under way end, close the channels."""
         self._http.should_exit = True
-        await super().stop()
-        if self._http_task is not None:
-            await self._http_task
-        await self._mesh.close()
+        try:
+            await super().stop()
+        finally:
+            try:
+                if self._http_task is not None:
+                    await self._http_task
+            finally:
+                await self._mesh.close()
 
 
 class _EmbeddedUvicorn(uvicorn.Server):

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterator
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 
@@ -182,43 +181,12 @@ async def test_a_bad_request_does_not_disturb_its_neighbours(mesh: MeshHost, cli
     assert last.generation.images == alone.images  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "said"),
-    [
-        ({"prompt": "x", "steps": 0}, 400, "steps must be 1 to 1000, got 0"),
-        ({"prompt": "x", "width": 7}, 400, "width must be a multiple of 8"),
-        ({"prompt": "x", "scheduler": "Eular"}, 404, "scheduler 'Eular' not found"),
-        ({"prompt": "x", "model": "dreams"}, 404, "model 'dreams' not found; available: fake"),
-        ({"prompt": "x", "sneed": 1}, 400, "sneed"),
-        ({"steps": 3}, 400, "prompt"),
-        ({"prompt": "x", "seed": -1}, 400, "seed"),
-    ],
-)
-def test_http_says_the_same(mesh: MeshHost, client: Client, body: dict[str, object], status: int, said: str) -> None:
-    answer = httpx.post(f"http://{mesh.http_address}/v1/generate", json=body)
-    assert answer.status_code == status
-    assert said in answer.json()["error"]["message"]
-
-
-def test_http_refuses_a_large_body(mesh: MeshHost, client: Client) -> None:
-    body = b'{"prompt": "' + b"x" * (33 * MIB) + b'"}'
-    announced = httpx.post(f"http://{mesh.http_address}/v1/generate", content=body)
-    chunked = httpx.post(f"http://{mesh.http_address}/v1/generate", content=iter([body]))
-    assert {announced.status_code, chunked.status_code} <= {400, 413}
-
-
 async def test_an_unknown_field_of_the_protocol_is_ignored_and_an_empty_request_draws(mesh: MeshHost) -> None:
     async with grpc.aio.insecure_channel(mesh.grpc_address, options=channel_options(4 * MIB)) as channel:
         stub = gateway_service_pb2_grpc.GatewayServiceStub(channel)
         request = pb.GenerateRequest.FromString(b"\xf8\x3f\x01")  # field 1023
         kinds = [event.WhichOneof("event") async for event in stub.Generate(request)]
     assert kinds[-1] == "result"
-
-
-def test_http_names_the_field_also_where_a_service_refused(mesh: MeshHost) -> None:
-    long = {"prompt": "x", "negative_prompt": "y" * 20_000}
-    error = httpx.post(f"http://{mesh.http_address}/v1/generate", json=long).json()["error"]
-    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "negative_prompt")
 
 
 def test_details_of_a_remote_error_are_unpacked(client: Client) -> None:

@@ -1,0 +1,111 @@
+"""Errors as the HTTP face tells them: ``{"error": {"code": ..., "message": ..., "field": ...}}``."""
+
+import logging
+import secrets
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from google.rpc import error_details_pb2
+from starlette.exceptions import HTTPException
+
+from imagemesh_runtime.context import current_call
+from imagemesh_runtime.errors import InternalError, InvalidArgument, MeshError, http_status
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 80  # characters of a client's own field name that an error repeats
+# Codes for the refusals of the framework itself, by status.
+_CODES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
+
+
+class RefusedRequest(InvalidArgument):
+    """What HTTP has a status of its own for: a body too large, a type that isn't spoken here."""
+
+    def __init__(self, status: int, field: str, value: object, allowed: str) -> None:
+        self.status = status
+        super().__init__(field, value, allowed)
+
+
+def error_response(error: MeshError, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer for an error of ours."""
+    retry_after = error.retry_after()
+    timing = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+    field = None
+    for detail in error.details():
+        if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
+            field = detail.field_violations[0].field
+    status = error.status if isinstance(error, RefusedRequest) else http_status(error.code)
+    return _response(status, error.code.name, str(error), field, {**timing, **(headers or {})})
+
+
+def add_error_handlers(app: FastAPI, allowed: Mapping[str, str]) -> None:
+    """Answer every failure in our shape; ``allowed`` says of each field of a body what it may be."""
+
+    async def on_mesh_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, MeshError)
+        return error_response(error)
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_what_is_wrong(error, allowed))
+
+    app.add_exception_handler(MeshError, on_mesh_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, _on_framework_error)
+    app.add_exception_handler(Exception, _on_unforeseen)
+
+
+def _what_is_wrong(error: RequestValidationError, allowed: Mapping[str, str]) -> InvalidArgument:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        return InvalidArgument("body", error.body, f"JSON ({first['ctx']['error']} at character {location[0]})")
+    got = "nothing" if first["type"] == "missing" else _outline(first["input"])
+    if not location:
+        named = " whose field names are valid Unicode" if first["type"] == "string_unicode" else ""
+        return InvalidArgument("body", got, f"a JSON object{named}")
+    field = _printable(".".join(location))
+    if first["type"] == "extra_forbidden":
+        return InvalidArgument(field[:_SHOWN], got, f"left out (the fields are {', '.join(allowed)})")
+    return InvalidArgument(field, got, allowed.get(location[0], first["msg"]))
+
+
+def _outline(value: object) -> object:
+    """The value if it is a plain one; of one that holds others only its size, since it may be huge or deep."""
+    if isinstance(value, dict):
+        return f"an object of {len(value)} fields"
+    return f"a list of {len(value)} values" if isinstance(value, list) else value
+
+
+async def _on_framework_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # the body was read, but could not be understood
+        return error_response(InvalidArgument("body", await request.body(), "JSON that can be parsed"))
+    code = _CODES.get(error.status_code, "UNKNOWN")
+    message = f"{request.method} {_printable(request.url.path)}: {error.detail}"
+    return _response(error.status_code, code, message, None, error.headers or {})
+
+
+async def _on_unforeseen(request: Request, error: Exception) -> Response:
+    return error_response(unforeseen(error, request.url.path))
+
+
+def unforeseen(error: Exception, path: str) -> InternalError:
+    """Log the error under an id; the client gets only that."""
+    error_id, trace_id = secrets.token_hex(8), current_call().trace.trace_id
+    log.error("%r failed, error id %s, trace %s", path, error_id, trace_id, exc_info=error)
+    return InternalError(error_id)
+
+
+def _printable(text: str) -> str:
+    """The text, with what can't be written as UTF-8 escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _response(status: int, code: str, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
+    body = {"code": code, "message": _printable(message)}
+    if field is not None:
+        body["field"] = field
+    return JSONResponse({"error": body}, status, dict(headers))

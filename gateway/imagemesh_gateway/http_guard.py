@@ -1,0 +1,208 @@
+"""What stands before the HTTP application: bounds in number, size and time, metrics, and an eye on who has gone."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers
+from starlette.routing import Match
+
+from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.http_errors import RefusedRequest, error_response, unforeseen
+from imagemesh_runtime.context import CallContext, Trace, set_current_call
+from imagemesh_runtime.errors import DeadlineExceeded, MeshError, Unavailable
+from imagemesh_runtime.metrics import Metrics
+
+# An overloaded gateway must not look like a dead one.
+PROBES = frozenset({"/readyz", "/metrics"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+CLIENT_GONE = 499
+_RETRY_SECONDS = 1
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """How much one client, and all of them, may take."""
+
+    requests: int
+    body_bytes: int
+    body_seconds: float
+    request_seconds: float
+
+    @classmethod
+    def of(cls, config: GatewayConfig) -> "HttpLimits":
+        """The limits that the configuration sets."""
+        return cls(
+            config.max_http_requests,
+            config.max_http_body_bytes,
+            config.http_body_timeout_seconds,
+            config.request_timeout_seconds,
+        )
+
+
+class _ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class _Exchange:
+    """One request under way: the ASGI channel, and how far the answer has come."""
+
+    def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.status: int | None = None
+        self.complete = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def fail(self, error: MeshError, headers: dict[str, str] | None = None) -> None:
+        """Answer with the error, unless an answer has begun."""
+        if self.status is None:
+            await error_response(error, headers)(self.scope, self.receive, self.send)
+
+
+class Guard:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: FastAPI, metrics: Metrics, limits: HttpLimits) -> None:
+        self._app = app
+        self._limits = limits
+        self._running = 0
+        labels = ("method", "path")
+        self._handled = Counter(
+            "http_requests", "HTTP requests answered.", (*labels, "code"), registry=metrics.registry
+        )
+        self._seconds = Histogram(
+            "http_request_duration_seconds", "Seconds from the head of a request to the end of its answer.", labels,
+            buckets=_BUCKETS, registry=metrics.registry,
+        )  # fmt: skip
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one connection event."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange, path, start = _Exchange(scope, receive, send), self._template(scope), perf_counter()
+        try:
+            await self._admit(exchange, path)
+        finally:
+            labels = (scope["method"] if scope["method"] in METHODS else "other", path)
+            self._handled.labels(*labels, exchange.status or CLIENT_GONE).inc()
+            self._seconds.labels(*labels).observe(perf_counter() - start)
+
+    def _template(self, scope: Any) -> str:
+        """The path of the route that the request is for, so that clients can't invent series."""
+        for route in self._app.routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                return str(getattr(route, "path", "other"))
+        return "other"
+
+    async def _admit(self, exchange: _Exchange, path: str) -> None:
+        limit = self._limits.requests
+        if path in PROBES:
+            await self._app(exchange.scope, exchange.receive, exchange.send)
+        elif self._running >= limit:
+            told = f"{limit} HTTP requests are in work, as many as it takes; retry after {_RETRY_SECONDS} s"
+            await exchange.fail(Unavailable("gateway", told), {"Retry-After": str(_RETRY_SECONDS)})
+        else:
+            self._running += 1
+            try:
+                await self._bounded(exchange)
+            finally:
+                self._running -= 1
+
+    async def _bounded(self, exchange: _Exchange) -> None:
+        seconds = self._limits.request_seconds
+        _begin_call(exchange.scope, seconds)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                body = await self._body(exchange)
+                await self._while_connected(exchange, body)
+        except _ClientGoneError:
+            pass
+        except MeshError as error:
+            # What is left of a large body is read away, or the client would not come to read this; a slow one isn't.
+            headers = {"Connection": "close"} if isinstance(error, DeadlineExceeded) else None
+            await exchange.fail(error, headers)
+        except Exception as error:
+            if limit.expired():
+                late = DeadlineExceeded("gateway", f"the request was not done within {seconds:g} s")
+                await exchange.fail(late, {"Connection": "close"})
+            elif exchange.status is None:  # else the application has told of it, and its framework raises it again
+                await exchange.fail(unforeseen(error, exchange.scope["path"]))
+
+    async def _body(self, exchange: _Exchange) -> bytes:
+        """The whole body.
+
+        Raises:
+            RefusedRequest: it is over the limit, by its announced length or as it comes in.
+            DeadlineExceeded: it came too slowly.
+        """
+        most = self._limits.body_bytes
+        announced = int(Headers(scope=exchange.scope).get("content-length", 0))
+        if announced > most:
+            raise RefusedRequest(413, "body", f"{announced} bytes", f"at most {most} bytes")
+        body = bytearray()
+        limit = asyncio.timeout(self._limits.body_seconds)
+        try:
+            async with limit:
+                more = True
+                while more:
+                    message = await exchange.receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGoneError
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise RefusedRequest(413, "body", f"more than {most} bytes", f"at most {most} bytes")
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded("body", f"did not arrive within {self._limits.body_seconds:g} s") from error
+        return bytes(body)
+
+    async def _while_connected(self, exchange: _Exchange, body: bytes) -> None:
+        """Let the application answer, but give it up when the client goes."""
+        gone = asyncio.create_task(_disconnected(exchange))
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if unread:
+                return unread.pop()
+            await asyncio.wait((gone,))
+            return {"type": "http.disconnect"}
+
+        work = asyncio.create_task(self._app(exchange.scope, receive, exchange.send))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if exchange.complete:  # for the server, the client has gone once it has its answer
+                await asyncio.wait((work,))
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if work.cancelled():
+            raise _ClientGoneError
+        work.result()
+
+
+def _begin_call(scope: Any, seconds: float) -> None:
+    parent = Trace.parse(Headers(scope=scope).get("traceparent"))
+    set_current_call(CallContext(parent.child() if parent else Trace.start(), time.monotonic() + seconds))
+
+
+async def _disconnected(exchange: _Exchange) -> None:
+    while (await exchange.receive())["type"] != "http.disconnect":
+        pass
