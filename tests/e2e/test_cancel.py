@@ -108,6 +108,19 @@ async def test_at_most_the_step_under_way_is_done_after_a_cancel(
         assert metrics.registry.get_sample_value("grpc_server_handled_total", handled) == 1
 
 
+async def test_a_deadline_that_passes_is_no_caller_who_went(
+    service: tuple[ModelServer[DiffusionModel], Gate, Metrics, Lane],
+) -> None:
+    server, gate, metrics, _ = service
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            [response async for response in rpc.DiffusionServiceStub(channel).Sample(request(steps=5), timeout=0.5)]
+        gate.tickets.release(1000)
+        await until(metrics, "imagemesh_running_requests", 0)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert metrics.registry.get_sample_value("imagemesh_cancelled_requests_total", {"service": "diffusion"}) == 0
+
+
 async def test_a_cancelled_neighbour_in_the_queue_leaves_the_running_one_whole(
     service: tuple[ModelServer[DiffusionModel], Gate, Metrics, Lane],
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_runtime.client import Peer
+from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
@@ -44,7 +45,8 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
                     async for event in events:
                         yield self._response(event, inputs.steps)
         except (asyncio.CancelledError, GeneratorExit):
-            self._metrics.cancelled.inc()
+            if not current_call().expired():
+                self._metrics.cancelled.inc()
             raise
 
     async def ListSchedulers(self, request: pb.ListSchedulersRequest, context: Any) -> pb.ListSchedulersResponse:
