@@ -28,7 +28,7 @@ OFFENCES = {
     "The gateway imports no service and no torch": ("gateway/imagemesh_gateway/config.py", "torch"),
     "The client knows only the contracts and the runtime's tensors, client and errors": (
         "gateway/imagemesh_client/types.py",
-        "imagemesh_runtime.server",
+        "imagemesh_runtime.limits",
     ),
     "Only torch backends import torch": ("services/imagemesh_services/vae/servicer.py", "torch"),
 }
@@ -71,6 +71,12 @@ def test_an_import_against_a_contract_would_break_it(house: Path, name: str):
         assert broken_contracts(house) == [name]
     finally:
         path.write_text(kept)
+
+
+def test_the_clients_contract_knows_every_module_of_the_runtime():
+    (contract,) = (contract for contract in CONTRACTS if contract.get("source_modules") == ["imagemesh_client"])
+    allowed = {f"imagemesh_runtime.{name}" for name in ("tensors", "client", "errors")}
+    assert {*contract["forbidden_modules"], *allowed, "imagemesh_runtime"} == set(modules_of("imagemesh_runtime"))
 
 
 # Imports the modules named on stdin and tells what that did; what a library reads or starts for itself is its own.
