@@ -25,13 +25,15 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "models")
-        models.build(root)
         benches = {
             "latency": lambda: latency.measure(root, options.rounds),
             "hops": lambda: hops.measure(Path(folder), options.rounds),
             "memory": lambda: memory.measure(root, max(2, options.rounds // 3)),
         }
-        for name in options.names or benches:
+        names = options.names or list(benches)
+        if {"latency", "memory"} & set(names):
+            models.build(root)
+        for name in names:
             for figure in benches[name]():
                 figures.append(figure)
                 print(figure.row(), flush=True)

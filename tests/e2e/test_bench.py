@@ -1,0 +1,58 @@
+"""The benchmarks run and write what they say; nothing here depends on how long anything takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import hops
+from tests.bench.harness import HEADER, Figure, interleave, ratios
+from tests.support.sizes import ROOT
+
+HOPS = ("a prompt (0.6 kB)", "latents of 512x512 (0.85 MB)", "latents of 8 x 1024x1024 (27 MB)")
+
+
+def test_arms_warm_up_and_then_take_turns_in_alternating_order() -> None:
+    ran: list[str] = []
+    seconds = interleave({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, rounds=3)
+    assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}
+    assert all(sample >= 0 for samples in seconds.values() for sample in samples)
+
+
+def test_ratios_compare_round_by_round() -> None:
+    assert ratios({"mesh": [2.0, 9.0], "alone": [1.0, 3.0]}, "mesh", "alone") == [2.0, 3.0]
+
+
+def test_a_figure_is_the_median_with_its_quartiles() -> None:
+    figure = Figure.of("latency", [5.0, 1.0, 3.0, 2.0, 4.0], "s", "<= 3")
+    assert (figure.low, figure.median, figure.high, figure.samples) == (1.5, 3.0, 4.5, 5)
+    assert Figure.of("one", [7.0], "s") == Figure("one", "s", 7.0, 7.0, 7.0, 1)
+    assert figure.row().split() == ["latency", "3.000", "s", "1.500", "..", "4.500", "5", "<=", "3"]
+    assert HEADER.index("n  target") == figure.row().index("5  <= 3")
+
+
+def test_the_payloads_are_as_large_as_they_are_called() -> None:
+    from imagemesh_services.vae.backend import MemoryOptions
+    from imagemesh_services.vae.backends.fake import FakeVaeModel
+
+    for latents, megabytes in ((hops.SMALL, 0.85), (hops.LARGE, 27)):
+        pictures = FakeVaeModel().decode(latents, MemoryOptions())
+        assert (latents.nbytes + pictures.nbytes) / 1e6 == pytest.approx(megabytes, rel=0.02)
+
+
+def test_one_round_of_the_hops_is_measured_printed_and_written(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "tests.bench", "--rounds", "1", "--out", str(out), "hops"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    names = [figure["name"] for figure in written["figures"]]
+    wanted = [f"hop: {what}, {kind}" for what in HOPS for kind in ("wall", "CPU of both ends")]
+    assert names == [*wanted, "hop: of the 27 MB the fake's own decoding"]
+    assert all(figure["samples"] == 1 and figure["median"] >= 0 for figure in written["figures"])
+    assert all(name in done.stdout for name in names)
+    assert written["machine"]["cores"] == os.cpu_count()
