@@ -9,7 +9,7 @@ import numpy as np
 from imagemesh.v1 import text_encoder_service_pb2 as pb
 from imagemesh.v1 import text_encoder_service_pb2_grpc as rpc
 from imagemesh_runtime.batching import Batcher, submit_rows
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.limits import MAX_WINDOWS, check_prompt, check_range
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
@@ -55,6 +55,8 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
         model = await self._models.get(name)
         with self._metrics.stage.time("encode_text"):
             embeds = await self._models.lane.run(model.encode, np.concatenate(items), clip_skip)
+        if not np.isfinite(embeds.astype(np.float32)).all():
+            raise NotFinite(name, "embeddings")
         return np.split(embeds, np.cumsum([len(item) for item in items])[:-1])
 
 
