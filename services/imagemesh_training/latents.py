@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,16 @@ class LatentSet:
     scenes: list[data.Scene]
     boxes: list[tuple[int, int, int]]
 
-    def pick(self, rng: np.random.Generator, size: int) -> list[int]:
-        return [int(i) for i in rng.integers(len(self.scenes), size=size)]
+    def pick(self, rng: np.random.Generator, size: int, focus: float = 0.0) -> list[int]:
+        """Random indexes; a share `focus` of them from the scenes at normal size in the middle."""
+        anywhere = rng.integers(len(self.scenes), size=size)
+        middle = self.plain[rng.integers(len(self.plain), size=size)]
+        return [int(i) for i in np.where(rng.random(size) < focus, middle, anywhere)]
+
+    @cached_property
+    def plain(self) -> NDArray[np.int64]:
+        """Indexes of the scenes at normal size in the middle: what a prompt without further words asks for."""
+        return np.array([i for i, s in enumerate(self.scenes) if (s.size, s.place) == ("normal", "center")])
 
     def at(self, picked: list[int]) -> torch.Tensor:
         """Latents (n, 16, 8, 8) as float32."""

@@ -29,22 +29,31 @@ BATCH = 36
 
 @dataclass(frozen=True)
 class Models:
-    """The shipped models, loaded the ordinary way, in float32."""
+    """The shipped models, loaded the ordinary way, in float32; None for what doesn't ship yet."""
 
-    pipe: StableDiffusionPipeline
+    sd: StableDiffusionPipeline | None
     vit: ViTForImageClassification
     processor: ViTImageProcessor
     control: ControlNetModel | None
 
+    @property
+    def pipe(self) -> StableDiffusionPipeline:
+        """The text-to-picture pipeline, for the measures that need one."""
+        if self.sd is None:
+            raise FileNotFoundError("emoji-sd is not among the models")
+        return self.sd
+
     @staticmethod
     def load(root: Path) -> Models:
-        pipe = StableDiffusionPipeline.from_pretrained(root / "emoji-sd", dtype=torch.float32)
-        pipe.set_progress_bar_config(disable=True)
+        sd = None
+        if (root / "emoji-sd").exists():
+            sd = StableDiffusionPipeline.from_pretrained(root / "emoji-sd", dtype=torch.float32)
+            sd.set_progress_bar_config(disable=True)
         vit = ViTForImageClassification.from_pretrained(root / "emoji-vit", dtype=torch.float32).eval()
         processor = ViTImageProcessor.from_pretrained(root / "emoji-vit")
         folder = root / "emoji-controlnet"
         control = ControlNetModel.from_pretrained(folder, dtype=torch.float32) if folder.exists() else None
-        return Models(pipe, vit, processor, control)
+        return Models(sd, vit, processor, control)
 
 
 def held_out_scenes() -> list[Scene]:
