@@ -14,7 +14,7 @@ from imagemesh.v1 import (
 )
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import MeshError, NotFound
+from imagemesh_runtime.errors import FailedPrecondition, MeshError, NotFound
 
 ModelInfo = model_service_pb2.ModelInfo
 
@@ -77,13 +77,16 @@ class Catalogue:
 
         Raises:
             NotFound: there is no such model; the error lists what there is.
+            FailedPrecondition: the default is asked for, and the service has no model at all.
             Unavailable, DeadlineExceeded: the service doesn't say.
         """
         wanted = name or self._defaults.get(peer.name, "")
         fetched, models = self._known.get(peer.name, (0.0, {}))
         if time.monotonic() - fetched > self._ttl or (wanted and wanted not in models):
             models = await self.fetch(peer)
-        if not wanted and models:
+        if not wanted:
+            if not models:
+                raise FailedPrecondition(f"{peer.name} has no model to serve")
             wanted = min(models)
         if wanted not in models:
             raise NotFound("model", wanted, models)

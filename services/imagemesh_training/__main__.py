@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import imagemesh_models
-from imagemesh_training import export, train_controlnet, train_unet, train_vae, train_vit
+from imagemesh_training import export, train_controlnet, train_text, train_unet, train_vae, train_vit
 
 Stage = tuple[str, Callable[[list[str]], None], list[str]]
 
@@ -28,6 +28,7 @@ def stages(work: Path, shipped: Path) -> list[Stage]:
     todo: list[Stage] = [] if first == vae else [("vae", train_vae.main, [])]
     return [
         *todo,
+        *([] if pipeline.exists() else [("text", train_text.main, [])]),
         ("unet", train_unet.main, ["--vae", str(first), *init(pipeline)]),
         ("vit", train_vit.main, init(shipped / "emoji-vit")),
         ("controlnet", train_controlnet.main, init(shipped / "emoji-controlnet")),
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stages, or those named, then export."""
     parser = argparse.ArgumentParser(description="Train the shipped models")
     parser.add_argument("--work", type=Path, default=Path("out/train"))
-    parser.add_argument("--only", nargs="+", help="stages to run: vae unet vit controlnet decoder")
+    parser.add_argument("--only", nargs="+", help="stages to run: vae text unet vit controlnet decoder")
     parser.add_argument("--steps", type=int, help="of every stage, instead of its own number")
     args = parser.parse_args(argv)
     common = ["--work", str(args.work), *(["--steps", str(args.steps)] if args.steps else [])]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from imagemesh_training import data
 
+MOVED = 0.4  # share of pictures a pixel off: the others repeat exactly, so that the words say exactly what to draw
+
 
 @dataclass(frozen=True)
 class LatentSet:
@@ -63,7 +65,7 @@ def load_or_make(path: Path, vae: AutoencoderKL, sprites: data.Sprites, count: i
             return LatentSet(saved["latents"], scenes, boxes)
     rng = np.random.default_rng(seed)
     scenes = [data.random_scene(rng) for _ in range(count)]
-    boxes = [data.box_of(scene, rng, jitter=1) for scene in scenes]
+    boxes = [data.box_of(scene, rng, jitter=int(rng.random() < MOVED)) for scene in scenes]
     made = LatentSet(np.empty((0, 16, 8, 8), np.float16), scenes, boxes)
     latents = encode(vae, [made.picture(i, sprites) for i in range(count)])
     path.parent.mkdir(parents=True, exist_ok=True)

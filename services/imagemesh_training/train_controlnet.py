@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
     sprites = data.load_sprites(args.work / "cache")
     folder = args.base or args.work / "sd"
     words = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    base = load(folder, words).eval().requires_grad_(False)
+    base = load(folder / "unet", folder / "text_encoder", words).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
     cached = latents.load_or_make(args.work / "cache" / "latents.npz", vae, sprites, args.pictures, args.seed)
     if args.init:

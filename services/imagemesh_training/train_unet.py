@@ -70,8 +70,8 @@ class Denoiser(nn.Module):
         return velocity
 
 
-def new_denoiser(words: CLIPTokenizer) -> Denoiser:
-    """An untrained text encoder and UNet for this vocabulary."""
+def new_text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained text encoder for this vocabulary."""
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=WIDTH,
@@ -85,16 +85,14 @@ def new_denoiser(words: CLIPTokenizer) -> Denoiser:
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
-    return Denoiser(CLIPTextModel(config), UNet2DConditionModel(**UNET))
+    return CLIPTextModel(config)
 
 
-def load(init: Path | None, words: CLIPTokenizer) -> Denoiser:
-    """The denoiser in a pipeline folder, or a new one."""
-    if init is None:
-        return new_denoiser(words)
-    text_encoder = CLIPTextModel.from_pretrained(init, subfolder="text_encoder")
-    unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet")
-    return Denoiser(text_encoder.float(), unet.float())
+def load(unet: Path | None, text_encoder: Path | None, words: CLIPTokenizer) -> Denoiser:
+    """The denoiser in these folders; new parts where there is no folder."""
+    text = CLIPTextModel.from_pretrained(text_encoder).float() if text_encoder else new_text_encoder(words)
+    body = UNet2DConditionModel.from_pretrained(unet).float() if unet else UNet2DConditionModel(**UNET)
+    return Denoiser(text, body)
 
 
 def pipeline(model: Denoiser, vae: AutoencoderKL, words: CLIPTokenizer) -> StableDiffusionPipeline:
@@ -150,6 +148,14 @@ def export(run: Run, vae: AutoencoderKL, words: CLIPTokenizer, folder: Path) -> 
     preview(pipe, folder / f"preview-{run.step}.png")
 
 
+def parts_to_start_from(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """Folders of the UNet and the text encoder: `--init` or nothing, but a text encoder that was taught goes first."""
+    taught = args.work / "text_encoder"
+    unet = args.init / "unet" if args.init else None
+    text_encoder = args.init / "text_encoder" if args.init else None
+    return unet, taught if taught.exists() else text_encoder
+
+
 def train(args: argparse.Namespace) -> None:
     """Run the training from wherever its checkpoint left it."""
     torch.manual_seed(args.seed)
@@ -157,7 +163,7 @@ def train(args: argparse.Namespace) -> None:
     words = tokenizer.build(args.work / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.vae or args.work / "vae").eval().requires_grad_(False)
     cached = latents.load_or_make(args.work / "cache" / "latents.npz", vae, sprites, args.pictures, args.seed)
-    model = load(args.init, words)
+    model = load(*parts_to_start_from(args), words)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     run = Run(model, optimizer, Ema(model, 0.999), np.random.default_rng(args.seed), args.work / "unet.pt")
     run.resume()
