@@ -45,7 +45,10 @@ def test_a_spoiled_folder_is_left_out_and_the_others_serve(models: Path, tmp_pat
 
 
 def test_a_service_without_any_model_says_so(tmp_path: Path) -> None:
-    with running_mesh(backend="torch", models=str(tmp_path)) as mesh, Client(mesh.grpc_address) as client:
-        with pytest.raises(MeshError, match="diffusion has no model to serve") as caught:
-            client.generate("a cat", steps=2)
+    with (
+        running_mesh(backend="torch", models=str(tmp_path)) as mesh,
+        Client(mesh.grpc_address) as client,
+        pytest.raises(MeshError, match="diffusion has no model to serve") as caught,
+    ):
+        client.generate("a cat", steps=2)
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION

@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 
@@ -70,11 +71,23 @@ class Run(Protocol):
     def latents(self) -> Array:
         """float [pictures, channels, h, w]."""
 
+    def checkpoint(self) -> Checkpoint:
+        """All that ``restore`` needs to go on from here, of the same bits."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go to where a run of the same inputs was at its checkpoint; called before the first evaluation.
+
+        Raises:
+            InvalidArgument: the checkpoint can't be of such a run.
+        """
+
 
 class DiffusionModel(Protocol):
     """A loaded denoising model with its scheduler's settings."""
 
     scale_factor: int
+    # Replicas whose fingerprints are equal compute the same bits: weights, element type, library versions.
+    fingerprint: str
 
     def start(self, inputs: SampleInputs) -> Run:
         """Draw the noise and set the schedule.

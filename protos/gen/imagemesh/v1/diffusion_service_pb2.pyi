@@ -75,6 +75,9 @@ class SampleRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _builtins.int
     CONTROLS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    ALONE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -84,6 +87,12 @@ class SampleRequest(_message.Message):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 or less turns it off."""
     scheduler: _builtins.str
     """A name from ListSchedulers, or a diffusers class name; empty: the model's own."""
+    checkpoint_every: _builtins.int
+    """Every how many evaluations a SampleCheckpoint is streamed; 0: never, and a replica that drains lets the call end.
+    Above 0, a replica that drains streams one more at the next step boundary and ends the call as UNAVAILABLE.
+    """
+    alone: _builtins.bool
+    """Run with no other request beside it: for one that two replicas did not survive."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
@@ -98,6 +107,10 @@ class SampleRequest(_message.Message):
     def inputs(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Named inputs of further modes, under the library's own names."""
 
+    @_builtins.property
+    def resume_from(self) -> Global___SampleCheckpoint:
+        """Go on from here: the same request's last checkpoint, of an equal fingerprint."""
+
     def __init__(
         self,
         *,
@@ -111,14 +124,74 @@ class SampleRequest(_message.Message):
         seeds: _abc.Iterable[_builtins.int] | None = ...,
         controls: _abc.Iterable[Global___ControlUnit] | None = ...,
         inputs: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        checkpoint_every: _builtins.int = ...,
+        resume_from: Global___SampleCheckpoint | None = ...,
+        alone: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleRequest: _TypeAlias = SampleRequest  # noqa: Y015
+
+@_typing.final
+class SampleCheckpoint(_message.Message):
+    """A generation between two evaluations of the model; opaque to all but a replica that goes on with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TensorsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    evaluation: _builtins.int
+    """Evaluations behind."""
+    fingerprint: _builtins.str
+    """Of what request, model, element type and library versions."""
+    state: _builtins.str
+    """JSON: what the scheduler and the guider remember."""
+    @_builtins.property
+    def tensors(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """"latents", the generators' states, and what the state refers to."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        state: _builtins.str = ...,
+        tensors: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fingerprint", b"fingerprint", "state", b"state", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleCheckpoint: _TypeAlias = SampleCheckpoint  # noqa: Y015
 
 @_typing.final
 class ControlUnit(_message.Message):
@@ -158,24 +231,28 @@ class SampleResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___SampleQueued: ...
     @_builtins.property
     def progress(self) -> Global___SampleProgress: ...
     @_builtins.property
     def result(self) -> Global___SampleResult: ...
+    @_builtins.property
+    def checkpoint(self) -> Global___SampleCheckpoint: ...
     def __init__(
         self,
         *,
         queued: Global___SampleQueued | None = ...,
         progress: Global___SampleProgress | None = ...,
         result: Global___SampleResult | None = ...,
+        checkpoint: Global___SampleCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "progress", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "progress", "result", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

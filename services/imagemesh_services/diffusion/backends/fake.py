@@ -12,9 +12,11 @@ from typing import cast
 import numpy as np
 
 from imagemesh_runtime.errors import InvalidArgument, NotFinite
+from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard
-from imagemesh_runtime.tensors import Array
+from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
 
 CHANNELS = 4
@@ -63,11 +65,26 @@ class FakeRun:
     def latents(self) -> Array:
         return self._latents.astype(np.float32)
 
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._done, tensors={"latents": self._latents.copy()})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        check_range("resume_from.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
+        found = checkpoint.tensors.get("latents")
+        if found is None or found.shape != self._latents.shape or found.dtype != self._latents.dtype:
+            wanted = f"{self._latents.dtype} {list(self._latents.shape)}"
+            raise InvalidArgument("resume_from.tensors['latents']", found, wanted)
+        self._latents, self._done = (
+            require_finite(found, "resume_from.tensors['latents']").copy(),
+            checkpoint.evaluation,
+        )
+
 
 class FakeDiffusionModel:
     """See the module."""
 
     scale_factor = SCALE
+    fingerprint = "fake"
 
     def start(self, inputs: SampleInputs) -> FakeRun:
         width = inputs.conditioning["prompt_embeds"].shape[-1]

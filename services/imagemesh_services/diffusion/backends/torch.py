@@ -6,7 +6,6 @@ encoder's pooled output isn't concerned, so those are run.
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,11 +25,16 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 from diffusers.utils import logging as diffusers_logging
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFinite
+from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
-from imagemesh_runtime.tensors import Array
+from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.object_state import Packer, Unpacker, changes, restore, snapshot
+from imagemesh_services.diffusion.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
+from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
 
@@ -40,6 +44,8 @@ _BEFORE_LOOP: tuple[ModularPipelineBlocks, ...] = (
 )
 # What an imagemesh.json may say.
 _SUITS = {"steps": int, "guidance_scale": float}
+# Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
+_MIN_LIMIT = 8192
 _BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
 _AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
 
@@ -56,6 +62,8 @@ class TorchRun:
         self._state = self._begin(inputs)
         self._prompts = self._embeddings(inputs)
         self.evaluations = len(self._state.timesteps)
+        self._watched = {"scheduler": components.scheduler, "guider": components.guider}
+        self._began = {name: snapshot(thing) for name, thing in self._watched.items()}
         shapes = (self._state.latents.shape[1:], self._prompts["prompt_embeds"].shape[1:])
         self.key: Hashable = (*shapes, self._state.latents.dtype)
 
@@ -79,7 +87,7 @@ class TorchRun:
         rows = self._state.scaled_latents.repeat(len(self._prompts), 1, 1, 1)
         return to_numpy(rows), float(timestep)
 
-    def begin_step(self) -> "StepRows":
+    def begin_step(self) -> StepRows:
         """The guider's passes of the next evaluation, as rows of one forward."""
         state, i = self._state, self._done
         timestep = state.timesteps[i]
@@ -118,6 +126,39 @@ class TorchRun:
             raise NotFinite(self._components.name, "latents")
         return to_numpy(self._state.latents)
 
+    def checkpoint(self) -> Checkpoint:
+        packer = Packer({"latents": to_numpy(self._state.latents)})
+        state: dict[str, Any] = {}
+        for name, thing in self._watched.items():
+            packed = changes(thing, self._began[name])
+            state[name] = {key: packer.pack(value, f"{name}.{key}") for key, value in packed.items()}
+        for i, generator in enumerate(self._generators()):
+            packer.tensors[f"generator.{i}"] = generator.get_state().numpy()
+        return Checkpoint(self._done, state, packer.tensors)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        check_range("resume_from.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
+        latents = self._state.latents
+        limit = max(latents.numel(), 4 * self.evaluations, _MIN_LIMIT)
+        unpacker = Unpacker(dict(checkpoint.tensors), latents.device, limit)
+        found = unpacker.unpack({"tensor": "latents", "dtype": str(latents.dtype).removeprefix("torch.")}, FIELD)
+        if found.shape != latents.shape:
+            raise InvalidArgument(f"{FIELD}.tensors['latents'].shape", list(found.shape), str(list(latents.shape)))
+        require_finite(checkpoint.tensors["latents"], f"{FIELD}.tensors['latents']")
+        for name, thing in self._watched.items():
+            restore(thing, checkpoint.state.get(name, {}), unpacker, f"{FIELD}.state.{name}")
+        for i, generator in enumerate(self._generators()):
+            path = f"{FIELD}.tensors['generator.{i}']"
+            try:
+                generator.set_state(torch.from_numpy(unpacker.array(f"generator.{i}", "uint8", path).copy()))
+            except RuntimeError as error:
+                raise InvalidArgument(path, "these bytes", f"a generator's state ({error})") from error
+        self._state.latents, self._done = found, checkpoint.evaluation
+
+    def _generators(self) -> list[torch.Generator]:
+        given = self._state.generator
+        return list(given) if isinstance(given, list) else [given]
+
     def _begin(self, inputs: SampleInputs) -> Any:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
         state = PipelineState()
@@ -148,47 +189,14 @@ class TorchRun:
         }
 
 
-@dataclass(frozen=True)
-class StepRows:
-    """One run's part of a forward: [rows, channels, h, w], a 0-d timestep, [rows, tokens, width]."""
-
-    sample: torch.Tensor
-    timestep: torch.Tensor
-    prompts: torch.Tensor
-
-
-def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
-    """The timesteps of a forward's rows: as float32, in which every timestep is exact; alone, as diffusers has it."""
-    if len(parts) == 1:
-        return parts[0].timestep
-    return torch.cat([part.timestep.float().expand(len(part.sample)) for part in parts])
-
-
-def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> list[torch.Tensor]:
-    """The rows' residuals, the middle one last, if a run has any; rows without get -0.0, which changes no float."""
-    given = next((one for one in residuals if one is not None), None)
-    if given is None:
-        return []
-
-    def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
-        if mine is not None:
-            return to_torch(mine, like.device, like.dtype)
-        return torch.full((len(part.sample), *shape.shape[1:]), -0.0, device=like.device, dtype=like.dtype)
-
-    pairs = list(zip(parts, residuals, strict=True))
-    down = [
-        torch.cat([rows(part, None if one is None else one.down[i], given.down[i]) for part, one in pairs])
-        for i in range(len(given.down))
-    ]
-    mid = torch.cat([rows(part, None if one is None else one.mid, given.mid) for part, one in pairs])
-    return [*down, mid]
-
-
 class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
-    def __init__(self, name: str, unet: Any, scheduler: Any, scale_factor: int, max_rows: int) -> None:
+    def __init__(
+        self, name: str, unet: Any, scheduler: Any, scale_factor: int, max_rows: int, fingerprint: str
+    ) -> None:
         self._name = name
+        self.fingerprint = fingerprint
         self.scale_factor = scale_factor
         self._max_rows = max_rows
         self._unet = unet
@@ -323,7 +331,9 @@ class TorchDiffusion:
         folder = self._repository.folders()[name]
         unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
-        return TorchDiffusionModel(name, unet, scheduler, _scale_factor(folder), self._max_rows)
+        marks = (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
+        fingerprint = fingerprint_of([folder.path / "unet", folder.path / "scheduler"], *map(str, marks))
+        return TorchDiffusionModel(name, unet, scheduler, _scale_factor(folder), self._max_rows, fingerprint)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:

@@ -1,0 +1,47 @@
+"""Several runs' parts of one forward, merged: the torch side of step batching."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.diffusion.backend import Residuals
+from imagemesh_services.torch_support import to_torch
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One run's part of a forward: [rows, channels, h, w], a 0-d timestep, [rows, tokens, width]."""
+
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    prompts: torch.Tensor
+
+
+def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
+    """The timesteps of a forward's rows: as float32, in which every timestep is exact; alone, as diffusers has it."""
+    if len(parts) == 1:
+        return parts[0].timestep
+    return torch.cat([part.timestep.float().expand(len(part.sample)) for part in parts])
+
+
+def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> list[torch.Tensor]:
+    """The rows' residuals, the middle one last, if a run has any; rows without get -0.0, which changes no float."""
+    given = next((one for one in residuals if one is not None), None)
+    if given is None:
+        return []
+
+    def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
+        if mine is not None:
+            return to_torch(mine, like.device, like.dtype)
+        return torch.full((len(part.sample), *shape.shape[1:]), -0.0, device=like.device, dtype=like.dtype)
+
+    pairs = list(zip(parts, residuals, strict=True))
+    down = [
+        torch.cat([rows(part, None if one is None else one.down[i], given.down[i]) for part, one in pairs])
+        for i in range(len(given.down))
+    ]
+    mid = torch.cat([rows(part, None if one is None else one.mid, given.mid) for part, one in pairs])
+    return [*down, mid]
