@@ -14,6 +14,7 @@ class GatewayConfig(ServerConfig):
     listen: str = "127.0.0.1:50050"
     http_listen: str = "127.0.0.1:7860"
     text_encoder: str = "127.0.0.1:50051"
+    # One replica's address, or several, joined by commas.
     diffusion: str = "127.0.0.1:50052"
     vae: str = "127.0.0.1:50053"
     controlnet: str = "127.0.0.1:50054"
@@ -28,6 +29,10 @@ class GatewayConfig(ServerConfig):
     max_http_requests: int = 64
     # How long a client may take to send a request's body.
     http_body_timeout_seconds: float = 60.0
+    # Evaluations between two checkpoints of a generation, which another replica goes on from; 0: none.
+    checkpoint_every: int = 5
+    # How long a replica that failed is passed over, as long as there is another.
+    replica_rest_seconds: float = 5.0
     # How long a service may take to say what models it has.
     catalogue_timeout_seconds: float = 5.0
     # How long its answer is believed.

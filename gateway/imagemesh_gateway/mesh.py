@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 
 from imagemesh.v1 import (
-    diffusion_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     text_encoder_service_pb2_grpc,
@@ -13,8 +12,9 @@ from imagemesh.v1 import (
     vit_service_pb2_grpc,
 )
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import FailedPrecondition, MeshError, NotFound
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
 
 ModelInfo = model_service_pb2.ModelInfo
 
@@ -28,23 +28,27 @@ class Mesh:
             return Peer(name, address, max_message_bytes=config.max_message_bytes, timeout_seconds=timeout)
 
         self.text_encoder = peer("text-encoder", config.text_encoder)
-        self.diffusion = peer("diffusion", config.diffusion)
+        addresses = [address.strip() for address in config.diffusion.split(",") if address.strip()]
+        if not addresses:
+            raise InvalidArgument("diffusion", config.diffusion, "an address, or several joined by commas")
+        self.diffusion = Replicas([peer("diffusion", address) for address in addresses], config.replica_rest_seconds)
+        self.checkpoint_every = config.checkpoint_every
         self.vae = peer("vae", config.vae)
         self.controlnet = peer("controlnet", config.controlnet)
         self.vit = peer("vit", config.vit)
-        self.peers = (self.text_encoder, self.diffusion, self.vae, self.controlnet, self.vit)
+        self.peers = (self.text_encoder, *self.diffusion.peers, self.vae, self.controlnet, self.vit)
         self.encode = text_encoder_service_pb2_grpc.TextEncoderServiceStub(self.text_encoder.channel)
-        self.sample = diffusion_service_pb2_grpc.DiffusionServiceStub(self.diffusion.channel)
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
         self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
         self.catalogue = Catalogue(config)
 
     async def models(self) -> tuple[list[ModelInfo], list[str]]:
         """All models of all services, and the names of the services that did not answer."""
-        answers = await asyncio.gather(*map(self.catalogue.fetch, self.peers), return_exceptions=True)
+        services: list[Peer | Replicas] = [self.text_encoder, self.diffusion, self.vae, self.controlnet, self.vit]
+        answers = await asyncio.gather(*map(self.catalogue.fetch, services), return_exceptions=True)
         models: list[ModelInfo] = []
         unreachable: list[str] = []
-        for peer, answer in zip(self.peers, answers, strict=True):
+        for peer, answer in zip(services, answers, strict=True):
             if isinstance(answer, MeshError):
                 unreachable.append(peer.name)
             elif isinstance(answer, BaseException):
@@ -72,7 +76,7 @@ class Catalogue:
         }
         self._known: dict[str, tuple[float, Mapping[str, ModelInfo]]] = {}
 
-    async def find(self, peer: Peer, name: str) -> ModelInfo:
+    async def find(self, peer: Peer | Replicas, name: str) -> ModelInfo:
         """The service's model of that name; "" is the default one.
 
         Raises:
@@ -92,12 +96,25 @@ class Catalogue:
             raise NotFound("model", wanted, models)
         return models[wanted]
 
-    async def fetch(self, peer: Peer) -> Mapping[str, ModelInfo]:
-        """Ask the service now.
+    async def fetch(self, peer: Peer | Replicas) -> Mapping[str, ModelInfo]:
+        """Ask the service now; of several replicas, one after another until one answers.
 
         Raises:
             MeshError: it can't be reached, or does not answer in time.
         """
+        if isinstance(peer, Peer):
+            return await self._ask(peer)
+        asked: list[Peer] = []
+        while True:
+            asked.append(peer.pick(avoid=asked))
+            try:
+                return await self._ask(asked[-1])
+            except MeshError:
+                peer.note_failure(asked[-1])
+                if len(asked) == len(peer.peers):
+                    raise
+
+    async def _ask(self, peer: Peer) -> Mapping[str, ModelInfo]:
         stub = model_service_pb2_grpc.ModelServiceStub(peer.channel)
         request = model_service_pb2.ListServedModelsRequest()
         answer = await peer.unary(stub.ListServedModels, request, timeout_seconds=self._timeout)

@@ -9,6 +9,7 @@ from imagemesh.v1 import diffusion_service_pb2, tensor_pb2, text_encoder_service
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pictures import control_picture, describe, encode_png
+from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import Plan
 from imagemesh_runtime.client import Hop
 from imagemesh_runtime.errors import Unavailable
@@ -109,7 +110,7 @@ async def _denoise(
         controls=controls,
     )
     with ledger.metrics.stage.time("diffusion"):
-        stream = mesh.diffusion.stream(mesh.sample.Sample, request, ledger.hop("diffusion"))
+        stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)
         async with aclosing(stream) as responses:
             async for response in responses:
                 kind = response.WhichOneof("event")

@@ -36,6 +36,10 @@ class Metrics:
             "imagemesh_cancelled_requests", "Requests given up because the caller went.", ("service",),
             registry=self.registry,
         ).labels(service)  # fmt: skip
+        self.moved = Counter(
+            "imagemesh_moved_generations", "Generations that went on at another replica.", ("service",),
+            registry=self.registry,
+        ).labels(service)  # fmt: skip
 
     def _grpc_counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*_GRPC, *labels), registry=self.registry)

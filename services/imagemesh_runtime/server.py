@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -53,11 +53,16 @@ class MeshServer:
         self.metrics_http = HttpServer(config.metrics_listen, metrics_routes(metrics.registry, lambda: self._ready))
         self.admin_http = HttpServer(config.admin_listen, admin_routes(self._drain_from_thread))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_drain: list[Callable[[], Awaitable[None]]] = []
 
     def add(self, register: Callable[[Any, Any], None], servicer: object, full_name: str) -> None:
         """Serve ``servicer``; ``register`` is the generated ``add_..._to_server``."""
         register(servicer, self._server)
         self._names.append(full_name)
+
+    def on_drain(self, hand_back: Callable[[], Awaitable[None]]) -> None:
+        """Await ``hand_back()`` when the server drains: work that another replica can go on with leaves at once."""
+        self._on_drain.append(hand_back)
 
     async def start(self) -> None:
         """Bind and accept calls; health says NOT_SERVING until ``set_ready``."""
@@ -88,6 +93,7 @@ class MeshServer:
         log.info("%s drains", self.name)
         self._draining = True
         await self.set_ready(False)
+        await asyncio.gather(*(hand_back() for hand_back in self._on_drain))
 
     async def stop(self) -> None:
         """Drain, let calls under way end within the grace period, then close."""

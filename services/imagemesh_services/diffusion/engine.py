@@ -20,7 +20,16 @@ from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
-from imagemesh_services.diffusion.generation import Event, Finished, Generation, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.generation import (
+    Event,
+    Finished,
+    Frozen,
+    Generation,
+    OpenControl,
+    Progress,
+    Queued,
+    Travel,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +53,26 @@ class Engine:
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
+        self._handing_back = False
         self._seconds_a_run = 1.0  # a running mean, for the retry times of refusals
 
     async def sample(
-        self, model: DiffusionModel, inputs: SampleInputs, open_control: OpenControl | None = None
+        self,
+        model: DiffusionModel,
+        inputs: SampleInputs,
+        open_control: OpenControl | None = None,
+        travel: Travel | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Run one generation and tell how it goes: ``Queued``, then ``Progress``, last ``Finished``.
+        """Run one generation and tell how it goes: ``Queued``, then ``Progress`` and ``Frozen``, last ``Finished``.
 
         Leaving the iterator takes the generation out before its next evaluation.
 
         Raises:
             Overloaded: the queue is full; nothing was done.
-            Unavailable: the engine was closed.
+            Unavailable: the engine was closed, or hands its work to other replicas.
             MeshError: it failed; its neighbours did not.
         """
-        generation = Generation(model, inputs, open_control)
+        generation = Generation(model, inputs, open_control, travel or Travel())
         ahead = self._enter(generation)
         try:
             yield Queued(ahead)
@@ -73,6 +87,14 @@ class Engine:
             generation.gone = True
             self._wake()
 
+    async def hand_back(self) -> None:
+        """Give back whoever can go on elsewhere, at the next step boundary, with a last checkpoint.
+
+        Whoever comes from now on and could go elsewhere is refused; the others are served until ``close``.
+        """
+        self._handing_back = True
+        self._wake()
+
     async def close(self) -> None:
         """Stop; whoever is still here, and whoever comes later, is told that the service goes away."""
         self._closed = True
@@ -85,7 +107,7 @@ class Engine:
 
     def _enter(self, generation: Generation) -> int:
         """Take the place at the end of the queue; answers how many wait ahead."""
-        if self._closed:
+        if self._closed or (self._handing_back and generation.travel.every):
             raise Unavailable(self._metrics.service, "is going away")
         ahead = sum(not one.gone for one in self._waiting)
         if ahead >= self._max_queue:
@@ -105,6 +127,8 @@ class Engine:
             while self._waiting or self._active:
                 self._changed.clear()
                 self._drop_gone()
+                if self._handing_back:
+                    await self._part()
                 await self._let_in()
                 batch = self._next_batch()
                 if batch:
@@ -121,11 +145,32 @@ class Engine:
         for generation in [one for one in self._active if one.gone]:
             self._leave(generation)
 
+    async def _part(self) -> None:
+        """Hand back all who asked for checkpoints: those who run with where they are."""
+        away = Unavailable(self._metrics.service, "is going away")
+        for generation in [one for one in self._active if one.travel.every]:
+            if generation.run is not None:
+                try:
+                    generation.events.put_nowait(Frozen(await self._lane.run(generation.run.checkpoint)))
+                except Exception:
+                    log.exception("no checkpoint could be made; the generation starts again elsewhere")
+            self._end(generation, away)
+        for generation in [one for one in self._waiting if one.travel.every]:
+            self._end(generation, away)
+        self._drop_gone()
+
+    def _fits(self, generation: Generation) -> bool:
+        """Whether it may run beside those who do."""
+        if not self._active:
+            return True
+        if generation.travel.alone or any(one.travel.alone for one in self._active):
+            return False
+        return sum(one.inputs.rows for one in (*self._active, generation)) <= self._max_rows
+
     async def _let_in(self) -> None:
         """Start those at the head of the queue as long as their rows fit."""
         while self._waiting:
-            rows = sum(one.inputs.rows for one in self._active)
-            if self._active and rows + self._waiting[0].inputs.rows > self._max_rows:
+            if not self._fits(self._waiting[0]):
                 break
             generation = self._waiting.popleft()
             if generation.gone:
@@ -136,7 +181,7 @@ class Engine:
             generation.call.queue_seconds += waited
             try:
                 with self._charging(generation):
-                    generation.run = await self._lane.run(generation.model.start, generation.inputs)
+                    generation.run = await self._lane.run(generation.begin)
             except Exception as error:
                 self._end(generation, error)
                 continue
@@ -172,7 +217,7 @@ class Engine:
             generation.evaluated += 1
             generation.residuals = None
             if fault is not None:
-                self._end(generation, fault)
+                self._end(generation, generation.blame(fault))
             elif not generation.gone:
                 await self._tell(generation)
 
@@ -180,6 +225,8 @@ class Engine:
         """Say how far the generation is, and ask for what its next evaluation needs."""
         try:
             generation.events.put_nowait(Progress(generation.started.steps_done()))
+            if generation.freezes_now:
+                generation.events.put_nowait(Frozen(await self._lane.run(generation.started.checkpoint)))
             generation.wanted.set()
             if generation.evaluated == generation.started.evaluations:
                 with self._charging(generation):
@@ -195,7 +242,7 @@ class Engine:
         run = generation.started
         try:
             async with generation.open_control(await self._lane.run(run.embeddings)) as control:
-                for _ in range(run.evaluations):
+                for _ in range(generation.evaluated, run.evaluations):
                     await generation.wanted.wait()
                     generation.wanted.clear()
                     generation.residuals = await control.residuals(*await self._lane.run(run.model_input))

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from imagemesh_runtime.context import CallContext, current_call
+from imagemesh_runtime.errors import InvalidArgument, MeshError
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.control import Control
 
 # Opens the sessions with the ControlNets, given the rows' prompt embeddings.
@@ -30,6 +32,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """Where the generation is, for another replica to go on from."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last event: float latents [pictures, channels, h, w], and what made them."""
 
@@ -39,7 +48,22 @@ class Finished:
     control_backends: Sequence[str]
 
 
-Event = Queued | Progress | Finished
+Event = Queued | Progress | Frozen | Finished
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How a generation moves between replicas.
+
+    Attributes:
+        every: evaluations between two checkpoints; 0: none, and the caller can't be handed back.
+        resume_from: where it was on the replica before.
+        alone: it may take its replica down with it, so nobody else runs beside it.
+    """
+
+    every: int = 0
+    resume_from: Checkpoint | None = None
+    alone: bool = False
 
 
 @dataclass(eq=False)
@@ -49,6 +73,7 @@ class Generation:
     model: DiffusionModel
     inputs: SampleInputs
     open_control: OpenControl | None
+    travel: Travel = field(default_factory=Travel)
     events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
     call: CallContext = field(default_factory=current_call)
     since: float = field(default_factory=perf_counter)
@@ -77,6 +102,26 @@ class Generation:
     def done(self) -> bool:
         """Whether every evaluation is behind it."""
         return self.run is not None and self.evaluated == self.run.evaluations
+
+    @property
+    def freezes_now(self) -> bool:
+        """Whether a checkpoint is due between the last evaluation and the next."""
+        return self.travel.every > 0 and self.evaluated % self.travel.every == 0 and not self.done
+
+    def begin(self) -> Run:
+        """Start the run, or go on where it was; called on the lane."""
+        run = self.model.start(self.inputs)
+        if self.travel.resume_from is not None:
+            run.restore(self.travel.resume_from)
+            self.evaluated = self.travel.resume_from.evaluation
+        return run
+
+    def blame(self, fault: Exception) -> Exception:
+        """The fault of the first evaluation after a checkpoint is the checkpoint's: the scheduler can't go on so."""
+        resumed = self.travel.resume_from
+        if resumed is None or self.evaluated != resumed.evaluation + 1 or isinstance(fault, MeshError):
+            return fault
+        return InvalidArgument(FIELD, "a checkpoint that its scheduler can't go on from", f"a sound one ({fault})")
 
     def finished(self, latents: Array) -> Finished:
         """The last event."""

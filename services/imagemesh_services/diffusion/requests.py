@@ -16,6 +16,8 @@ from imagemesh_runtime.limits import (
 )
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.checkpoint import read_message
+from imagemesh_services.diffusion.generation import Travel
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
 
@@ -52,6 +54,18 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         scheduler=find_scheduler(request.scheduler),
         seeds=tuple(request.seeds),
     )
+
+
+def read_travel(request: pb.SampleRequest, fingerprint: str) -> Travel:
+    """How the generation moves between replicas.
+
+    Raises:
+        InvalidArgument: a bound is passed, or the checkpoint is not one of this request on this model.
+    """
+    check_range("checkpoint_every", request.checkpoint_every, 0, MAX_STEPS)
+    given = request.HasField("resume_from")
+    resume_from = read_message(request.resume_from, fingerprint) if given else None
+    return Travel(request.checkpoint_every, resume_from, request.alone)
 
 
 def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:

@@ -15,11 +15,12 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, map_to_proto
 from imagemesh_services.diffusion.backend import DiffusionModel
+from imagemesh_services.diffusion.checkpoint import request_digest, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
-from imagemesh_services.diffusion.generation import Event, OpenControl, Progress, Queued
-from imagemesh_services.diffusion.requests import read_inputs
+from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.requests import read_inputs, read_travel
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 
 
@@ -39,11 +40,13 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         try:
             model = await self._models.get(request.model)
             inputs = read_inputs(request, model.scale_factor)
+            fingerprint = f"{model.fingerprint}-{request_digest(request)}"
+            travel = read_travel(request, fingerprint)
             control = self._control(request)
             with self._metrics.stage.time("sample"):
-                async with aclosing(self.engine.sample(model, inputs, control)) as events:
+                async with aclosing(self.engine.sample(model, inputs, control, travel)) as events:
                     async for event in events:
-                        yield self._response(event, inputs.steps)
+                        yield self._response(event, inputs.steps, fingerprint)
         except (asyncio.CancelledError, GeneratorExit):
             if not current_call().expired():
                 self._metrics.cancelled.inc()
@@ -60,11 +63,13 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         ]
         return pb.ListSchedulersResponse(schedulers=infos)
 
-    def _response(self, event: Event, steps: int) -> pb.SampleResponse:
+    def _response(self, event: Event, steps: int, fingerprint: str) -> pb.SampleResponse:
         if isinstance(event, Queued):
             return pb.SampleResponse(queued=pb.SampleQueued(position=event.position))
         if isinstance(event, Progress):
             return pb.SampleResponse(progress=pb.SampleProgress(step=event.step, steps=steps))
+        if isinstance(event, Frozen):
+            return pb.SampleResponse(checkpoint=to_message(event.checkpoint, fingerprint))
         result = pb.SampleResult(
             outputs=map_to_proto({"latents": event.latents}),
             scheduler=event.scheduler,
