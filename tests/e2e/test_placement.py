@@ -1,0 +1,131 @@
+"""Where the gateway takes a generation whose replica goes away, against samplers that do as the test says."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from imagemesh.v1 import diffusion_service_pb2 as pb
+from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
+from imagemesh_gateway.placement import MAX_MOVES, sample
+from imagemesh_gateway.replicas import Replicas
+from imagemesh_runtime.client import Hop, Peer
+from imagemesh_runtime.errors import InvalidArgument, MeshError, Unavailable
+from imagemesh_runtime.interceptors import LayeredInterceptor, errors_layer
+from imagemesh_runtime.metrics import Metrics
+
+Behaviour = Callable[[pb.SampleRequest], AsyncIterator[pb.SampleResponse]]
+CHECKPOINT = pb.SampleCheckpoint(evaluation=3, fingerprint="f")
+
+
+class Sampler(rpc.DiffusionServiceServicer):
+    """Behaves as told, and remembers what it was asked."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
+        self.asked: list[pb.SampleRequest] = []
+
+    async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
+        self.asked.append(request)
+        async for response in self.behaviour(request):
+            yield response
+
+
+async def finishes(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(result=pb.SampleResult(backend="x", evaluations=request.resume_from.evaluation))
+
+
+async def dies(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(checkpoint=CHECKPOINT)
+    raise Unavailable("diffusion", "is going away")
+
+
+async def has_lost_its_controlnet(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(checkpoint=CHECKPOINT)
+    raise Unavailable("controlnet", "cannot be reached")
+
+
+async def is_another_build(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    if request.HasField("resume_from"):
+        raise InvalidArgument("resume_from.fingerprint", "f", "g")
+    async for response in finishes(request):
+        yield response
+
+
+@asynccontextmanager
+async def fleet(*behaviours: Behaviour) -> AsyncIterator[tuple[list[Sampler], Replicas]]:
+    """A server a behaviour, and the gateway's view of them."""
+    samplers, peers = [Sampler(behaviour) for behaviour in behaviours], []
+    async with AsyncExitStack() as stack:
+        for sampler in samplers:
+            layers = LayeredInterceptor((errors_layer("diffusion"),), Metrics("diffusion"), 1 << 20)
+            server = grpc.aio.server(interceptors=(layers,))
+            rpc.add_DiffusionServiceServicer_to_server(sampler, server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+            peers.append(Peer("diffusion", f"127.0.0.1:{port}", max_message_bytes=1 << 20))
+            stack.push_async_callback(peers[-1].close)
+        yield samplers, Replicas(peers, rest_seconds=60)
+
+
+async def run(replicas: Replicas, metrics: Metrics | None = None) -> pb.SampleResult:
+    request = pb.SampleRequest(model="m")
+    events = sample(replicas, request, Hop(), metrics or Metrics("gateway"), checkpoint_every=3)
+    found = [event async for event in events]
+    return found[-1].result
+
+
+async def test_a_generation_goes_on_from_the_last_checkpoint_elsewhere() -> None:
+    metrics = Metrics("gateway")
+    async with fleet(dies, dies, finishes) as (samplers, replicas):
+        result = await run(replicas, metrics)
+        asked = [one for sampler in samplers[:2] for one in sampler.asked]
+        assert result.evaluations == (3 if asked else 0)
+        assert all(one.checkpoint_every == 3 for one in asked)
+        moved = metrics.registry.get_sample_value("imagemesh_moved_generations_total", {"service": "gateway"})
+        assert moved == len(asked)
+
+
+async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone() -> None:
+    async with fleet(dies, dies, dies, dies) as (samplers, replicas):
+        with pytest.raises(MeshError) as caught:
+            await run(replicas)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        asked = [one for sampler in samplers for one in sampler.asked]
+        assert len(asked) == MAX_MOVES + 1
+        assert max(len(sampler.asked) for sampler in samplers) == 1  # never twice at one
+        assert sorted(one.alone for one in asked) == [False, False, True]
+
+
+async def test_a_replica_of_another_build_starts_the_generation_again() -> None:
+    async with fleet(dies, is_another_build) as (samplers, replicas):
+        replicas.note_failure(replicas.peers[1])  # so that the one that dies is asked first
+        assert (await run(replicas)).evaluations == 0
+        assert [one.HasField("resume_from") for one in samplers[1].asked] == [True, False]
+
+
+async def test_a_service_behind_the_replica_is_no_reason_to_move() -> None:
+    async with fleet(has_lost_its_controlnet, finishes) as (samplers, replicas):
+        replicas.note_failure(replicas.peers[1])
+        with pytest.raises(MeshError, match="controlnet"):
+            await run(replicas)
+        assert samplers[1].asked == []
+
+
+async def test_with_one_replica_no_checkpoint_is_asked_for() -> None:
+    async with fleet(finishes) as (samplers, replicas):
+        await run(replicas)
+        assert samplers[0].asked[0].checkpoint_every == 0
+
+
+async def test_a_replica_that_failed_rests_and_the_less_busy_one_gets_the_work() -> None:
+    async with fleet(finishes, finishes) as (_, replicas):
+        first, second = replicas.peers
+        with replicas.work_on(first):
+            assert {replicas.pick() for _ in range(20)} == {second}
+            replicas.note_failure(second)
+            assert {replicas.pick() for _ in range(20)} == {first}
+            assert replicas.pick(avoid=[first]) is second  # there is nobody else
