@@ -29,6 +29,12 @@ def generate(args: Namespace) -> int:
             n=args.n,
             clip_skip=args.clip_skip,
             controls=controls,
+            image=args.image,
+            strength=args.strength,
+            mask=args.mask,
+            invert_mask=args.invert_mask,
+            mask_blur=args.mask_blur,
+            keep_unmasked=args.keep_unmasked,
             on_progress=show,
         )
     files = [

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Literal, SupportsFloat, SupportsIndex, TypedDict
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import vit_service_pb2
@@ -16,7 +16,23 @@ PoolingName = Literal["cls", "mean"]
 _POOLINGS = {"cls": vit_service_pb2.POOLING_CLS, "mean": vit_service_pb2.POOLING_MEAN}
 
 
-class GenerateOptions(TypedDict, total=False):
+class SourceOptions(TypedDict, total=False):
+    """What to start from, where not from noise alone."""
+
+    # Start from this picture (image to image).
+    image: ImageInput | None
+    # How much of it is made anew, above 0 to 1. None: 0.8, or 1 with a mask.
+    strength: float | None
+    # Redraw only where this picture is bright (inpainting).
+    mask: ImageInput | None
+    invert_mask: bool
+    # Pixels.
+    mask_blur: int
+    # Lay the original over the rest, which has else been through the VAE.
+    keep_unmasked: bool
+
+
+class GenerateOptions(SourceOptions, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
@@ -54,8 +70,9 @@ def generate_request(
     n: int = 1,
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
+    **source: Unpack[SourceOptions],
 ) -> pb.GenerateRequest:
-    """The request for ``GenerateOptions``; reads the files of controls.
+    """The request for ``GenerateOptions``; reads the files of pictures.
 
     Raises:
         InvalidArgument: a value that its field can't hold.
@@ -73,7 +90,27 @@ def generate_request(
         num_images=_whole("n", n, UINT32),
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
+        **_source(**source),
     )
+
+
+def _source(
+    image: ImageInput | None = None,
+    strength: float | None = None,
+    mask: ImageInput | None = None,
+    invert_mask: bool = False,
+    mask_blur: int = 0,
+    keep_unmasked: bool = False,
+) -> dict[str, Any]:
+    """The fields of ``SourceOptions``."""
+    return {
+        "image": None if image is None else image_to_proto(image, "image"),
+        "strength": None if strength is None else _number("strength", strength),
+        "mask": None if mask is None else image_to_proto(mask, "mask"),
+        "invert_mask": bool(invert_mask),
+        "mask_blur": _whole("mask_blur", mask_blur, UINT32),
+        "keep_unmasked": bool(keep_unmasked),
+    }
 
 
 def classify_request(images: ImageInput | Iterable[ImageInput], top_k: int, model: str) -> pb.ClassifyRequest:

@@ -1,14 +1,16 @@
-"""How a picture is made: encode the text, prepare the control pictures, denoise, decode, pack."""
+"""How a picture is made: encode the text, encode the picture, prepare the control pictures, denoise, decode, pack."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from imagemesh.v1 import diffusion_service_pb2, tensor_pb2, text_encoder_service_pb2, vae_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.pictures import control_picture, describe, encode_png
+from imagemesh_gateway.pictures import Sources, control_picture, describe, encode_png, lay_over, sources
 from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import Plan
 from imagemesh_runtime.client import Hop
@@ -56,9 +58,11 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
     """
     ledger = Ledger(metrics)
     conditioning = await _encode_text(mesh, plan, ledger)
+    source = await _prepare_source(plan, metrics)
+    inputs = await _encode_image(mesh, plan, source, ledger)
     controls = await _prepare_controls(plan, metrics)
     sampled: SampleResult | None = None
-    async with aclosing(_denoise(mesh, plan, conditioning, controls, ledger)) as events:
+    async with aclosing(_denoise(mesh, plan, conditioning, inputs, controls, ledger)) as events:
         async for event in events:
             if isinstance(event, pb.GenerateResponse):
                 yield event
@@ -67,6 +71,8 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
     if sampled is None:
         raise Unavailable("diffusion", "the stream ended without a result")
     images = await _decode(mesh, plan, sampled, ledger)
+    if source is not None:
+        images = np.stack([await asyncio.to_thread(lay_over, image, source) for image in images])
     yield pb.GenerateResponse(result=await _pack(plan, sampled, images, ledger))
 
 
@@ -78,6 +84,26 @@ async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger) -> Tensors:
         answer = await mesh.text_encoder.unary(mesh.encode.EncodeText, request, ledger.hop("text-encoder"))
     ledger.backends["text-encoder"] = answer.backend
     return dict(answer.conditioning)
+
+
+async def _prepare_source(plan: Plan, metrics: Metrics) -> Sources | None:
+    if plan.image is None:
+        return None
+    with metrics.stage.time("source-pictures"):
+        return await asyncio.to_thread(sources, plan, plan.image)
+
+
+async def _encode_image(mesh: Mesh, plan: Plan, source: Sources | None, ledger: Ledger) -> Tensors:
+    if source is None:
+        return {}
+    request = vae_service_pb2.EncodeImagesRequest(model=plan.model, images=to_proto(source.image[None]))
+    with ledger.metrics.stage.time("vae-encode"):
+        answer = await mesh.vae.unary(mesh.decode.EncodeImages, request, ledger.hop("vae-encode"))
+    ledger.backends["vae-encode"] = answer.backend
+    inputs = {"image_mean": answer.mean, "image_log_variance": answer.log_variance}
+    if source.mask is not None:
+        inputs["mask"] = to_proto(source.mask[None, None])
+    return inputs
 
 
 async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_service_pb2.ControlUnit]:
@@ -95,6 +121,7 @@ async def _denoise(
     mesh: Mesh,
     plan: Plan,
     conditioning: Tensors,
+    inputs: Tensors,
     controls: list[diffusion_service_pb2.ControlUnit],
     ledger: Ledger,
 ) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
@@ -108,6 +135,8 @@ async def _denoise(
         scheduler=plan.scheduler,
         seeds=plan.seeds,
         controls=controls,
+        inputs=inputs,
+        strength=plan.image.strength if plan.image else 0,
     )
     with ledger.metrics.stage.time("diffusion"):
         stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)

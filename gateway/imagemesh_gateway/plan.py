@@ -4,12 +4,15 @@ import secrets
 from dataclasses import dataclass
 
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import image_pb2
 from imagemesh_gateway.mesh import Mesh
+from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
     MAX_CONTROLS,
     MAX_GUIDANCE,
     MAX_IMAGES,
+    MAX_MASK_BLUR,
     MAX_SEED,
     MAX_STEPS,
     check_pixels,
@@ -21,6 +24,8 @@ from imagemesh_runtime.limits import (
 # For models that don't say what suits them.
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 7.5
+# diffusers' own, as is 1 with a mask.
+DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,19 @@ class ControlPlan:
     model: str
     request: pb.GenerateControl
     scale: float
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """A picture to start from (not decoded yet), and what of it is redrawn."""
+
+    image: image_pb2.Image
+    strength: float
+    # None: all of it.
+    mask: image_pb2.Image | None
+    invert_mask: bool
+    mask_blur: int
+    keep_unmasked: bool
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class Plan:
     clip_skip: int
     seeds: tuple[int, ...]
     controls: tuple[ControlPlan, ...]
+    # None: from noise alone.
+    image: ImagePlan | None = None
 
     @property
     def guided(self) -> bool:
@@ -91,6 +111,30 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         clip_skip=request.clip_skip,
         seeds=seeds,
         controls=await _controls(request, mesh),
+        image=_image(request, steps),
+    )
+
+
+def _image(request: pb.GenerateRequest, steps: int) -> ImagePlan | None:
+    if not request.HasField("image"):
+        for field, given in (("mask", request.HasField("mask")), ("strength", request.HasField("strength"))):
+            if given:
+                raise InvalidArgument("image", None, f"a picture, since {field} is given")
+        return None
+    masked = request.HasField("mask")
+    strength = request.strength if request.HasField("strength") else (1.0 if masked else DEFAULT_STRENGTH)
+    if not 0 < strength <= 1:
+        raise InvalidArgument("strength", strength, "above 0, and at most 1")
+    if int(steps * strength) < 1:
+        raise InvalidArgument("strength", strength, f"at least {1 / steps:g}, so that one of {steps} steps is done")
+    check_range("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
+    return ImagePlan(
+        image=request.image,
+        strength=strength,
+        mask=request.mask if masked else None,
+        invert_mask=request.invert_mask,
+        mask_blur=request.mask_blur,
+        keep_unmasked=request.keep_unmasked,
     )
 
 

@@ -17,6 +17,7 @@ MAX_REQUEST_PIXELS: Final = 1 << 26
 MAX_CONTROLS: Final = 8
 MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**63 - 1
+MAX_MASK_BLUR: Final = 256  # pixels
 MAX_CONTROL_SCALE: Final = 10.0
 
 

@@ -11,6 +11,18 @@ from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 
 @dataclass(frozen=True)
+class ImageInputs:
+    """A picture to start from: its latents' distribution, float [1, channels, h, w], as the VAE has it (not scaled)."""
+
+    mean: Array
+    log_variance: Array
+    # Above 0 to 1: how much of the schedule is run.
+    strength: float
+    # uint8 [1, 1, height, width] of the picture's size, 1 where it is redrawn; None: everywhere.
+    mask: Array | None = None
+
+
+@dataclass(frozen=True)
 class SampleInputs:
     """One generation, checked."""
 
@@ -24,6 +36,13 @@ class SampleInputs:
     scheduler: SchedulerChoice | None
     # One picture a seed.
     seeds: Sequence[int]
+    # None: from noise alone.
+    image: ImageInputs | None = None
+
+    @property
+    def steps_to_do(self) -> int:
+        """Steps of the schedule that are run, as diffusers counts them."""
+        return self.steps if self.image is None else min(int(self.steps * self.image.strength), self.steps)
 
     @property
     def guided(self) -> bool:

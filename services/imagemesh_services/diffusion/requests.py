@@ -15,10 +15,13 @@ from imagemesh_runtime.limits import (
     check_size,
 )
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
-from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.backend import ImageInputs, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import Travel
 from imagemesh_services.diffusion.schedulers import find_scheduler
+
+# A picture's latents, as the VAE answers.
+_MOMENTS = ("image_mean", "image_log_variance")
 
 
 def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
@@ -39,8 +42,6 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
     for i, unit in enumerate(request.controls):
         check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
-    if request.inputs:
-        raise InvalidArgument("inputs", sorted(request.inputs), "empty: this service has no mode that takes any")
     for i, unit in enumerate(request.controls):
         shape = (request.height, request.width, 3)
         from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)
@@ -53,7 +54,36 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         guidance_scale=request.guidance_scale,
         scheduler=find_scheduler(request.scheduler),
         seeds=tuple(request.seeds),
+        image=_image(request),
     )
+
+
+def _image(request: pb.SampleRequest) -> ImageInputs | None:
+    unknown = sorted(set(request.inputs) - {*_MOMENTS, "mask"})
+    if unknown:
+        raise InvalidArgument("inputs", unknown, f"a map of {', '.join(_MOMENTS)} and mask alone")
+    if not request.inputs:
+        return None
+    missing = [name for name in _MOMENTS if name not in request.inputs]
+    if missing:
+        raise InvalidArgument("inputs", sorted(request.inputs), f"a map with {' and '.join(missing)} too")
+    if not 0 < request.strength <= 1:
+        raise InvalidArgument("strength", request.strength, "above 0, and at most 1")
+    if int(request.steps * request.strength) < 1:
+        allowed = f"at least {1 / request.steps:g}, so that one of {request.steps} steps is done"
+        raise InvalidArgument("strength", request.strength, allowed)
+    mean, log_variance = (_moment(request, name) for name in _MOMENTS)
+    mask = None
+    if "mask" in request.inputs:
+        shape = (1, 1, request.height, request.width)
+        mask = from_proto(request.inputs["mask"], "inputs['mask']", dtypes=["uint8"], shape=shape)
+        check_range("the largest value of inputs['mask']", int(mask.max()), 0, 1)
+    return ImageInputs(mean, log_variance, request.strength, mask)
+
+
+def _moment(request: pb.SampleRequest, name: str) -> Array:
+    field = f"inputs[{name!r}]"
+    return require_finite(from_proto(request.inputs[name], field, dtypes=FLOATS, shape=(1, None, None, None)), field)
 
 
 def read_travel(request: pb.SampleRequest, fingerprint: str) -> Travel:

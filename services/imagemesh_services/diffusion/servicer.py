@@ -46,7 +46,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             with self._metrics.stage.time("sample"):
                 async with aclosing(self.engine.sample(model, inputs, control, travel)) as events:
                     async for event in events:
-                        yield self._response(event, inputs.steps, fingerprint)
+                        yield self._response(event, inputs.steps_to_do, fingerprint)
         except (asyncio.CancelledError, GeneratorExit):
             if not current_call().expired():
                 self._metrics.cancelled.inc()

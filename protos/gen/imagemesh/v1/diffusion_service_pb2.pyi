@@ -75,6 +75,7 @@ class SampleRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _builtins.int
     CONTROLS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
@@ -87,6 +88,10 @@ class SampleRequest(_message.Message):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 or less turns it off."""
     scheduler: _builtins.str
     """A name from ListSchedulers, or a diffusers class name; empty: the model's own."""
+    strength: _builtins.float
+    """With an image: how much of the way from noise to picture is gone again, above 0 to 1. The steps done are
+    floor(steps * strength), at least 1.
+    """
     checkpoint_every: _builtins.int
     """Every how many evaluations a SampleCheckpoint is streamed; 0: never, and a replica that drains lets the call end.
     Above 0, a replica that drains streams one more at the next step boundary and ends the call as UNAVAILABLE.
@@ -105,7 +110,12 @@ class SampleRequest(_message.Message):
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlUnit]: ...
     @_builtins.property
     def inputs(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
-        """Named inputs of further modes, under the library's own names."""
+        """Named inputs of further modes, under the library's own names.
+
+        Image to image (https://arxiv.org/abs/2108.01073): "image_mean" and "image_log_variance" as the VAE answers, each
+        [1, channels, height / scale, width / scale]; the sampler draws from them, so that randomness has one owner.
+        Inpainting: "mask" besides, DTYPE_UINT8 [1, 1, height, width] of 0 (keep) and 1 (redraw).
+        """
 
     @_builtins.property
     def resume_from(self) -> Global___SampleCheckpoint:
@@ -124,13 +134,14 @@ class SampleRequest(_message.Message):
         seeds: _abc.Iterable[_builtins.int] | None = ...,
         controls: _abc.Iterable[Global___ControlUnit] | None = ...,
         inputs: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        strength: _builtins.float = ...,
         checkpoint_every: _builtins.int = ...,
         resume_from: Global___SampleCheckpoint | None = ...,
         alone: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

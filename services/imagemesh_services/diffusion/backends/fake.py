@@ -4,6 +4,9 @@ Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evalua
 x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
 embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean where
 guidance is on, plus the mean of the middle residual. One evaluation is one step.
+
+With a picture they start at strength times that, plus 1 - strength times the picture's mean; with a mask, cells whose
+upper left pixel isn't masked are the picture's mean after every step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +30,17 @@ class FakeRun:
     """See the module."""
 
     def __init__(self, inputs: SampleInputs) -> None:
-        self.evaluations = inputs.steps
+        self.evaluations = inputs.steps_to_do
         self.scheduler = inputs.scheduler.class_name if inputs.scheduler else "fake"
         self._inputs = inputs
         self.key = (inputs.width, inputs.height)
         self._done = 0
         starts = np.array([seed % 256 / 256 for seed in inputs.seeds], dtype=np.float32)
         size = (CHANNELS, inputs.height // SCALE, inputs.width // SCALE)
-        self._latents = np.broadcast_to(starts[:, None, None, None], (len(starts), *size)).copy()
+        self._latents: Array = np.broadcast_to(starts[:, None, None, None], (len(starts), *size)).copy()
+        if inputs.image is not None:
+            strength = np.float32(inputs.image.strength)
+            self._latents = self._latents * strength + inputs.image.mean * (1 - strength)
         target = inputs.conditioning["prompt_embeds"].mean(axis=(0, 1))
         if inputs.guided:
             negative = inputs.conditioning["negative_prompt_embeds"].mean(axis=(0, 1))
@@ -58,6 +64,9 @@ class FakeRun:
         target = self._target if residuals is None else self._target + residuals.mid.mean()
         self._latents = self._latents + (target - self._latents) / (self.evaluations - self._done)
         self._done += 1
+        image = self._inputs.image
+        if image is not None and image.mask is not None:
+            self._latents = np.where(image.mask[..., ::SCALE, ::SCALE] > 0, self._latents, image.mean)
 
     def steps_done(self) -> int:
         return self._done

@@ -11,14 +11,11 @@ from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import ModularPipelineBlocks, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import PipelineState
-from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
-    StableDiffusionXLPrepareLatentsStep,
-    StableDiffusionXLSetTimestepsStep,
-)
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
+    StableDiffusionXLInpaintLoopAfterDenoiser,
     StableDiffusionXLLoopAfterDenoiser,
     StableDiffusionXLLoopBeforeDenoiser,
 )
@@ -34,20 +31,18 @@ from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.object_state import Packer, Unpacker, changes, restore, snapshot
 from imagemesh_services.diffusion.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
+from imagemesh_services.diffusion.start import LatentScale, from_image, from_noise
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
 
-_BEFORE_LOOP: tuple[ModularPipelineBlocks, ...] = (
-    StableDiffusionXLSetTimestepsStep(),
-    StableDiffusionXLPrepareLatentsStep(),
-)
 # What an imagemesh.json may say.
 _SUITS = {"steps": int, "guidance_scale": float}
 # Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
 _MIN_LIMIT = 8192
 _BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
 _AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
+_AFTER_INPAINT_DENOISER = StableDiffusionXLInpaintLoopAfterDenoiser()
 
 
 class TorchRun:
@@ -56,7 +51,8 @@ class TorchRun:
     def __init__(self, components: SimpleNamespace, inputs: SampleInputs) -> None:
         self.scheduler: str = type(components.scheduler).__name__
         self._components = components
-        self._steps = inputs.steps
+        self._steps = inputs.steps_to_do
+        self._after = _AFTER_DENOISER if inputs.image is None or inputs.image.mask is None else _AFTER_INPAINT_DENOISER
         self._done = 0
         self._passes: list[Any] = []
         self._state = self._begin(inputs)
@@ -110,7 +106,7 @@ class TorchRun:
         for one, part in zip(reversed(self._passes), prediction.chunk(len(self._passes)), strict=True):
             one.noise_pred = part
         self._state.noise_pred = self._components.guider(self._passes)[0]
-        _AFTER_DENOISER(self._components, self._state, i=self._done, t=self._state.timesteps[self._done])
+        self._after(self._components, self._state, i=self._done, t=self._state.timesteps[self._done])
         self._done += 1
 
     def steps_done(self) -> int:
@@ -175,8 +171,10 @@ class TorchRun:
         for name, value in values.items():
             state.set(name, value)
         with torch.inference_mode():
-            for block in _BEFORE_LOOP:
-                block(self._components, state)
+            if inputs.image is None:
+                from_noise(self._components, state)
+            else:
+                from_image(self._components, state, inputs.image, self._components.latent_scale)
         return SimpleNamespace(**state.values)
 
     def _embeddings(self, inputs: SampleInputs) -> dict[str, torch.Tensor]:
@@ -193,11 +191,12 @@ class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
     def __init__(
-        self, name: str, unet: Any, scheduler: Any, scale_factor: int, max_rows: int, fingerprint: str
+        self, name: str, unet: Any, scheduler: Any, vae: Mapping[str, Any], max_rows: int, fingerprint: str
     ) -> None:
         self._name = name
         self.fingerprint = fingerprint
-        self.scale_factor = scale_factor
+        self.scale_factor = _scale_factor(vae)
+        self._latent_scale = LatentScale(vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0)
         self._max_rows = max_rows
         self._unet = unet
         self._scheduler = scheduler
@@ -206,6 +205,7 @@ class TorchDiffusionModel:
 
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
+        self._check_image(inputs)
         for name, embeds in inputs.conditioning.items():
             if embeds.shape[-1] != width:
                 raise InvalidArgument(f"conditioning[{name!r}]", f"width {embeds.shape[-1]}", f"of width {width}")
@@ -215,7 +215,10 @@ class TorchDiffusionModel:
             scheduler=self._new_scheduler(inputs.scheduler, inputs.seeds),
             guider=_new_guider(inputs),
             vae_scale_factor=self.scale_factor,
+            latent_scale=self._latent_scale,
             num_channels_latents=self._unet.config.in_channels,
+            # diffusers' word for a UNet that isn't made for inpainting; ours may have latents of any width.
+            num_channels_unet=4,
             default_sample_size=self._unet.config.sample_size,
             _execution_device=self._unet.device,
         )
@@ -226,6 +229,15 @@ class TorchDiffusionModel:
             raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
         run.check_timesteps()
         return run
+
+    def _check_image(self, inputs: SampleInputs) -> None:
+        if inputs.image is None:
+            return
+        size = (inputs.height // self.scale_factor, inputs.width // self.scale_factor)
+        wanted = (1, self._unet.config.in_channels, *size)
+        for name, array in (("image_mean", inputs.image.mean), ("image_log_variance", inputs.image.log_variance)):
+            if array.shape != wanted:
+                raise InvalidArgument(f"inputs[{name!r}].shape", list(array.shape), str(list(wanted)))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
@@ -333,7 +345,9 @@ class TorchDiffusion:
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
         marks = (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
         fingerprint = fingerprint_of([folder.path / "unet", folder.path / "scheduler"], *map(str, marks))
-        return TorchDiffusionModel(name, unet, scheduler, _scale_factor(folder), self._max_rows, fingerprint)
+        return TorchDiffusionModel(
+            name, unet, scheduler, folder.read("vae", "config.json"), self._max_rows, fingerprint
+        )
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:
@@ -345,10 +359,9 @@ def _scheduler_class(folder: ModelFolder) -> Any:
     return cls
 
 
-def _scale_factor(folder: ModelFolder) -> int:
+def _scale_factor(vae: Mapping[str, Any]) -> int:
     """Pixels a latent spans, as diffusers derives it from the VAE's configuration."""
-    blocks: list[int] = folder.read("vae", "config.json")["block_out_channels"]
-    factor: int = 2 ** (len(blocks) - 1)
+    factor: int = 2 ** (len(vae["block_out_channels"]) - 1)
     return factor
 
 
@@ -364,7 +377,7 @@ def _card(folder: ModelFolder) -> ModelCard | None:
     plain = all(unet.get(name) is None for name in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim"))
     if not plain or unet["in_channels"] != vae.get("latent_channels", 4):
         return None
-    scale = _scale_factor(folder)
+    scale = _scale_factor(vae)
     side = int(unet["sample_size"]) * scale
     suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
     properties: dict[str, object] = {"class": folder.config["_class_name"]}
