@@ -35,6 +35,7 @@ def generate(args: Namespace) -> int:
             invert_mask=args.invert_mask,
             mask_blur=args.mask_blur,
             keep_unmasked=args.keep_unmasked,
+            priority=args.priority,
             on_progress=show,
         )
     files = [

@@ -92,6 +92,7 @@ def _generate(parser: ArgumentParser) -> None:
     add("--control", type=_file, action="append", default=[], metavar="FILE", help="picture to follow; repeatable")
     add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for the control")
     add("--control-scale", type=float, action="append", default=[], metavar="X", help="its weight (default: 1)")
+    add("--priority", choices=["interactive", "normal", "batch"], help="who goes first (default: normal)")
     _client(parser)
 
 

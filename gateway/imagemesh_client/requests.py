@@ -5,13 +5,19 @@ from collections.abc import Iterable
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import vit_service_pb2
+from imagemesh.v1 import priority_pb2, vit_service_pb2
 from imagemesh_client.images import ImageInput, as_list, image_to_proto
 from imagemesh_client.types import Control
 from imagemesh_runtime.errors import InvalidArgument
 
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
 
+PriorityName = Literal["interactive", "normal", "batch"]
+_PRIORITIES = {
+    "interactive": priority_pb2.PRIORITY_INTERACTIVE,
+    "normal": priority_pb2.PRIORITY_NORMAL,
+    "batch": priority_pb2.PRIORITY_BATCH,
+}
 PoolingName = Literal["cls", "mean"]
 _POOLINGS = {"cls": vit_service_pb2.POOLING_CLS, "mean": vit_service_pb2.POOLING_MEAN}
 
@@ -54,6 +60,8 @@ class GenerateOptions(SourceOptions, total=False):
     # Layers of the text encoder to leave out, from the last.
     clip_skip: int
     controls: Iterable[Control]
+    # Who goes first where requests wait. None: normal.
+    priority: PriorityName | None
 
 
 def generate_request(
@@ -70,6 +78,7 @@ def generate_request(
     n: int = 1,
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
+    priority: PriorityName | None = None,
     **source: Unpack[SourceOptions],
 ) -> pb.GenerateRequest:
     """The request for ``GenerateOptions``; reads the files of pictures.
@@ -90,8 +99,15 @@ def generate_request(
         num_images=_whole("n", n, UINT32),
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
+        priority=None if priority is None else _priority(priority),
         **_source(**source),
     )
+
+
+def _priority(name: PriorityName) -> "priority_pb2.Priority.ValueType":
+    if name not in _PRIORITIES:
+        raise InvalidArgument("priority", name, ", ".join(_PRIORITIES))
+    return _PRIORITIES[name]
 
 
 def _source(

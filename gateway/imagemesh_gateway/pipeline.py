@@ -137,6 +137,7 @@ async def _denoise(
         controls=controls,
         inputs=inputs,
         strength=plan.image.strength if plan.image else 0,
+        priority=plan.priority,
     )
     with ledger.metrics.stage.time("diffusion"):
         stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)

@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2
+from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
@@ -68,6 +68,7 @@ class Plan:
     controls: tuple[ControlPlan, ...]
     # None: from noise alone.
     image: ImagePlan | None = None
+    priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
 
     @property
     def guided(self) -> bool:
@@ -112,7 +113,14 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         seeds=seeds,
         controls=await _controls(request, mesh),
         image=_image(request, steps),
+        priority=_priority(request),
     )
+
+
+def _priority(request: pb.GenerateRequest) -> "priority_pb2.Priority.ValueType":
+    if request.priority not in priority_pb2.Priority.values():
+        raise InvalidArgument("priority", request.priority, ", ".join(priority_pb2.Priority.keys()))
+    return request.priority
 
 
 def _image(request: pb.GenerateRequest, steps: int) -> ImagePlan | None:

@@ -4,6 +4,7 @@ MeshError                  INTERNAL
 ├── InvalidArgument        INVALID_ARGUMENT      BadRequest: field, value, what is allowed
 ├── NotFound               NOT_FOUND             ResourceInfo: kind and name; the message lists what exists
 ├── Overloaded             RESOURCE_EXHAUSTED    RetryInfo: when to come back
+│   └── TooMuchAhead       RESOURCE_EXHAUSTED    RetryInfo: when to come back
 ├── TooLarge               RESOURCE_EXHAUSTED
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
@@ -106,6 +107,18 @@ class Overloaded(MeshError):
 
     def retry_after(self) -> float | None:
         return self.seconds
+
+
+class TooMuchAhead(Overloaded):
+    """The deadline would pass while the call waits; it did no work, and may be made again when less is ahead."""
+
+    def __init__(self, service: str, ahead: float, own: float, remaining: float) -> None:
+        self.seconds = max(ahead + own - remaining, 0.1)
+        MeshError.__init__(
+            self,
+            f"{service}: about {ahead:.1f} s of work are ahead and this takes {own:.1f} s, but its deadline is in "
+            f"{remaining:.1f} s; retry after {self.seconds:.1f} s",
+        )
 
 
 class TooLarge(MeshError):

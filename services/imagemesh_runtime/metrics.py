@@ -32,6 +32,11 @@ class Metrics:
         self.model_load = self._histogram("imagemesh_model_load_seconds", "Seconds to load a model.", "model")
         self.pending = self._gauge("imagemesh_pending_requests", "Requests waiting for the device.")
         self.running = self._gauge("imagemesh_running_requests", "Requests in work.")
+        # A series a queue, made by whoever owns it.
+        self.backlog = Gauge(
+            "imagemesh_backlog_seconds", "Seconds until what is here would be done if nothing more came.", ("queue",),
+            registry=self.registry,
+        )  # fmt: skip
         self.cancelled = Counter(
             "imagemesh_cancelled_requests", "Requests given up because the caller went.", ("service",),
             registry=self.registry,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from imagemesh_runtime.context import CallContext, set_current_call
-from imagemesh_runtime.errors import Overloaded, Unavailable
+from imagemesh_runtime.errors import DeadlineExceeded, Overloaded, TooMuchAhead, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
@@ -28,10 +28,16 @@ from imagemesh_services.diffusion.generation import (
     OpenControl,
     Progress,
     Queued,
-    Travel,
+    Terms,
 )
+from imagemesh_services.diffusion.pace import Pace, finish_times
 
 log = logging.getLogger(__name__)
+
+# A deadline is taken to be missed only beyond this much of what is left to it: estimates err.
+_SURE = 1.25
+# For a refusal before anything was measured.
+_UNKNOWN_RETRY = 1.0
 
 
 class Engine:
@@ -54,25 +60,27 @@ class Engine:
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
         self._handing_back = False
-        self._seconds_a_run = 1.0  # a running mean, for the retry times of refusals
+        self._pace = Pace()
+        self._backlog = metrics.backlog.labels(metrics.service)
 
     async def sample(
         self,
         model: DiffusionModel,
         inputs: SampleInputs,
         open_control: OpenControl | None = None,
-        travel: Travel | None = None,
+        terms: Terms | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Run one generation and tell how it goes: ``Queued``, then ``Progress`` and ``Frozen``, last ``Finished``.
 
         Leaving the iterator takes the generation out before its next evaluation.
 
         Raises:
-            Overloaded: the queue is full; nothing was done.
+            Overloaded: the queue is full, or too much is ahead for the deadline; nothing was done.
+            DeadlineExceeded: it takes longer by itself than its deadline allows.
             Unavailable: the engine was closed, or hands its work to other replicas.
             MeshError: it failed; its neighbours did not.
         """
-        generation = Generation(model, inputs, open_control, travel or Travel())
+        generation = Generation(model, inputs, open_control, terms or Terms())
         ahead = self._enter(generation)
         try:
             yield Queued(ahead)
@@ -106,21 +114,47 @@ class Engine:
         await asyncio.gather(*steering, return_exceptions=True)
 
     def _enter(self, generation: Generation) -> int:
-        """Take the place at the end of the queue; answers how many wait ahead."""
-        if self._closed or (self._handing_back and generation.travel.every):
+        """Take its place in the queue; answers how many wait ahead."""
+        if self._closed or (self._handing_back and generation.terms.every):
             raise Unavailable(self._metrics.service, "is going away")
-        ahead = sum(not one.gone for one in self._waiting)
-        if ahead >= self._max_queue:
-            raise Overloaded(self._metrics.service, self._max_queue, self._seconds_a_run * ahead)
-        self._waiting.append(generation)
+        waiting = [one for one in self._waiting if not one.gone]
+        ahead = sum(one.turn <= generation.turn for one in waiting)
+        times = self._finish_times([*waiting[:ahead], generation])
+        if len(waiting) >= self._max_queue:
+            raise Overloaded(self._metrics.service, self._max_queue, min(times) if times else _UNKNOWN_RETRY)
+        if times is not None:
+            self._check_deadline(generation, times[-1])
+        self._waiting = deque([*waiting[:ahead], generation, *waiting[ahead:]])
         self._wake()
         return ahead
 
+    def _check_deadline(self, generation: Generation, seconds: float) -> None:
+        """Refuse now what would be thrown away later: ``seconds`` until it is done."""
+        remaining = generation.call.remaining()
+        if remaining is None or seconds <= remaining * _SURE:
+            return
+        alone = finish_times([], [generation.left(self._pace)], self._max_rows, self._pace)
+        own = alone[0] if alone else 0.0
+        if own > remaining * _SURE:
+            message = f"the generation takes about {own:.1f} s, and its deadline is in {remaining:.1f} s"
+            raise DeadlineExceeded(self._metrics.service, message)
+        raise TooMuchAhead(self._metrics.service, seconds - own, own, remaining)
+
+    def _finish_times(self, waiting: Sequence[Generation]) -> list[float] | None:
+        """Seconds until each of those who run, and then of those who wait, is done; None: not known yet."""
+        running = [one.left(self._pace) for one in self._active if not one.gone]
+        return finish_times(running, [one.left(self._pace) for one in waiting], self._max_rows, self._pace)
+
     def _wake(self) -> None:
         self._metrics.pending.set(sum(not one.gone for one in self._waiting))
+        self._tell_backlog()
         self._changed.set()
         if not self._closed and (self._worker is None or self._worker.done()):
             self._worker = asyncio.create_task(self._work())
+
+    def _tell_backlog(self) -> None:
+        times = self._finish_times([one for one in self._waiting if not one.gone])
+        self._backlog.set(max(times, default=0.0) if times is not None else 0.0)
 
     async def _work(self) -> None:
         try:
@@ -132,7 +166,10 @@ class Engine:
                 await self._let_in()
                 batch = self._next_batch()
                 if batch:
+                    start = perf_counter()
                     await self._tick(batch)
+                    self._pace.note(batch[0].kind, sum(one.inputs.rows for one in batch), perf_counter() - start)
+                    self._tell_backlog()
                 elif self._active:
                     await self._changed.wait()
         except Exception as error:
@@ -148,14 +185,14 @@ class Engine:
     async def _part(self) -> None:
         """Hand back all who asked for checkpoints: those who run with where they are."""
         away = Unavailable(self._metrics.service, "is going away")
-        for generation in [one for one in self._active if one.travel.every]:
+        for generation in [one for one in self._active if one.terms.every]:
             if generation.run is not None:
                 try:
                     generation.events.put_nowait(Frozen(await self._lane.run(generation.run.checkpoint)))
                 except Exception:
                     log.exception("no checkpoint could be made; the generation starts again elsewhere")
             self._end(generation, away)
-        for generation in [one for one in self._waiting if one.travel.every]:
+        for generation in [one for one in self._waiting if one.terms.every]:
             self._end(generation, away)
         self._drop_gone()
 
@@ -163,7 +200,7 @@ class Engine:
         """Whether it may run beside those who do."""
         if not self._active:
             return True
-        if generation.travel.alone or any(one.travel.alone for one in self._active):
+        if generation.terms.alone or any(one.terms.alone for one in self._active):
             return False
         return sum(one.inputs.rows for one in (*self._active, generation)) <= self._max_rows
 
@@ -182,6 +219,8 @@ class Engine:
             try:
                 with self._charging(generation):
                     generation.run = await self._lane.run(generation.begin)
+                    steps = generation.inputs.steps_to_do
+                    self._pace.note_evaluations(generation.scheduler, steps, generation.run.evaluations)
             except Exception as error:
                 self._end(generation, error)
                 continue
@@ -271,9 +310,6 @@ class Engine:
 
     def _end(self, generation: Generation, last: Finished | Exception) -> None:
         generation.events.put_nowait(last)
-        if isinstance(last, Finished):
-            seconds = perf_counter() - generation.since
-            self._seconds_a_run += 0.2 * (seconds - self._seconds_a_run)
         self._leave(generation)
 
     def _leave(self, generation: Generation) -> None:

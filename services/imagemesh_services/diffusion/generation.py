@@ -1,7 +1,7 @@
 """One request's place in the engine, and what it tells its caller."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,6 +12,7 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.control import Control
+from imagemesh_services.diffusion.pace import Pace, Work
 
 # Opens the sessions with the ControlNets, given the rows' prompt embeddings.
 OpenControl = Callable[[Array], AbstractAsyncContextManager[Control]]
@@ -51,16 +52,22 @@ class Finished:
 Event = Queued | Progress | Frozen | Finished
 
 
+# Seconds that a generation may be overtaken for, by the names of the contract's priorities.
+PATIENCE = {"interactive": 0.0, "normal": 30.0, "batch": 300.0}
+
+
 @dataclass(frozen=True)
-class Travel:
-    """How a generation moves between replicas.
+class Terms:
+    """On what terms a generation runs here.
 
     Attributes:
+        patience: seconds by which those who came later may be taken to have come earlier.
         every: evaluations between two checkpoints; 0: none, and the caller can't be handed back.
         resume_from: where it was on the replica before.
         alone: it may take its replica down with it, so nobody else runs beside it.
     """
 
+    patience: float = PATIENCE["normal"]
     every: int = 0
     resume_from: Checkpoint | None = None
     alone: bool = False
@@ -73,7 +80,7 @@ class Generation:
     model: DiffusionModel
     inputs: SampleInputs
     open_control: OpenControl | None
-    travel: Travel = field(default_factory=Travel)
+    terms: Terms = field(default_factory=Terms)
     events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
     call: CallContext = field(default_factory=current_call)
     since: float = field(default_factory=perf_counter)
@@ -99,6 +106,28 @@ class Generation:
         return self.run
 
     @property
+    def turn(self) -> float:
+        """The lowest goes first of those who wait: the time of arrival, and how long it may be overtaken for."""
+        return self.since + self.terms.patience
+
+    @property
+    def kind(self) -> Hashable:
+        """Generations of one kind take equally long."""
+        return (self.model.fingerprint, self.inputs.width, self.inputs.height)
+
+    @property
+    def scheduler(self) -> str:
+        """Its name, or "" for the model's own."""
+        return self.inputs.scheduler.name if self.inputs.scheduler else ""
+
+    def left(self, pace: Pace) -> Work:
+        """What is still to do."""
+        expected = pace.evaluations(self.scheduler, self.inputs.steps_to_do)
+        evaluations = self.run.evaluations if self.run is not None else expected
+        behind = self.terms.resume_from.evaluation if self.run is None and self.terms.resume_from else self.evaluated
+        return Work(self.kind, self.inputs.rows, max(evaluations - behind, 1))
+
+    @property
     def done(self) -> bool:
         """Whether every evaluation is behind it."""
         return self.run is not None and self.evaluated == self.run.evaluations
@@ -106,19 +135,19 @@ class Generation:
     @property
     def freezes_now(self) -> bool:
         """Whether a checkpoint is due between the last evaluation and the next."""
-        return self.travel.every > 0 and self.evaluated % self.travel.every == 0 and not self.done
+        return self.terms.every > 0 and self.evaluated % self.terms.every == 0 and not self.done
 
     def begin(self) -> Run:
         """Start the run, or go on where it was; called on the lane."""
         run = self.model.start(self.inputs)
-        if self.travel.resume_from is not None:
-            run.restore(self.travel.resume_from)
-            self.evaluated = self.travel.resume_from.evaluation
+        if self.terms.resume_from is not None:
+            run.restore(self.terms.resume_from)
+            self.evaluated = self.terms.resume_from.evaluation
         return run
 
     def blame(self, fault: Exception) -> Exception:
         """The fault of the first evaluation after a checkpoint is the checkpoint's: the scheduler can't go on so."""
-        resumed = self.travel.resume_from
+        resumed = self.terms.resume_from
         if resumed is None or self.evaluated != resumed.evaluation + 1 or isinstance(fault, MeshError):
             return fault
         return InvalidArgument(FIELD, "a checkpoint that its scheduler can't go on from", f"a sound one ({fault})")

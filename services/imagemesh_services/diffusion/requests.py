@@ -1,6 +1,8 @@
 """A request for samples, checked."""
 
 from imagemesh.v1 import diffusion_service_pb2 as pb
+from imagemesh.v1 import priority_pb2
+from imagemesh.v1.priority_pb2 import Priority
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
@@ -17,11 +19,18 @@ from imagemesh_runtime.limits import (
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import ImageInputs, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
-from imagemesh_services.diffusion.generation import Travel
+from imagemesh_services.diffusion.generation import PATIENCE, Terms
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
 # A picture's latents, as the VAE answers.
 _MOMENTS = ("image_mean", "image_log_variance")
+
+_PRIORITIES = {
+    priority_pb2.PRIORITY_UNSPECIFIED: "normal",
+    priority_pb2.PRIORITY_INTERACTIVE: "interactive",
+    priority_pb2.PRIORITY_NORMAL: "normal",
+    priority_pb2.PRIORITY_BATCH: "batch",
+}
 
 
 def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
@@ -86,8 +95,8 @@ def _moment(request: pb.SampleRequest, name: str) -> Array:
     return require_finite(from_proto(request.inputs[name], field, dtypes=FLOATS, shape=(1, None, None, None)), field)
 
 
-def read_travel(request: pb.SampleRequest, fingerprint: str) -> Travel:
-    """How the generation moves between replicas.
+def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:
+    """On what terms the generation runs.
 
     Raises:
         InvalidArgument: a bound is passed, or the checkpoint is not one of this request on this model.
@@ -95,7 +104,10 @@ def read_travel(request: pb.SampleRequest, fingerprint: str) -> Travel:
     check_range("checkpoint_every", request.checkpoint_every, 0, MAX_STEPS)
     given = request.HasField("resume_from")
     resume_from = read_message(request.resume_from, fingerprint) if given else None
-    return Travel(request.checkpoint_every, resume_from, request.alone)
+    if request.priority not in _PRIORITIES:
+        raise InvalidArgument("priority", request.priority, ", ".join(map(Priority.Name, _PRIORITIES)))
+    patience = PATIENCE[_PRIORITIES[request.priority]]
+    return Terms(patience, request.checkpoint_every, resume_from, request.alone)
 
 
 def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
-from imagemesh_services.diffusion.requests import read_inputs, read_travel
+from imagemesh_services.diffusion.requests import read_inputs, read_terms
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 
 
@@ -41,10 +41,10 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             model = await self._models.get(request.model)
             inputs = read_inputs(request, model.scale_factor)
             fingerprint = f"{model.fingerprint}-{request_digest(request)}"
-            travel = read_travel(request, fingerprint)
+            terms = read_terms(request, fingerprint)
             control = self._control(request)
             with self._metrics.stage.time("sample"):
-                async with aclosing(self.engine.sample(model, inputs, control, travel)) as events:
+                async with aclosing(self.engine.sample(model, inputs, control, terms)) as events:
                     async for event in events:
                         yield self._response(event, inputs.steps_to_do, fingerprint)
         except (asyncio.CancelledError, GeneratorExit):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, vit_service_pb2
+from imagemesh.v1 import image_pb2, priority_pb2, vit_service_pb2
 from imagemesh_cli.main import main
 from imagemesh_runtime.errors import InternalError, InvalidArgument, NotFound, Overloaded
 from tests.support.recording_gateway import RecordingGateway, png
@@ -39,6 +39,8 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "generate", "a fox", "-o", tmp_path / "fox.png", "--seed", 7, "--steps", 5, "--guidance", 3.5, "--size",
         "64x72", "--scheduler", "Euler a", "--negative", "blurry", "--model", "sd-tiny", "-n", 2, "--clip-skip", 1,
         "--control", edges, "--control-model", "canny", "--control-scale", 0.5, "--control", edges,
+        "--image", edges, "--strength", 0.5, "--mask", edges, "--invert-mask", "--mask-blur", 3, "--keep-unmasked",
+        "--priority", "batch",
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
     controls = [
@@ -48,6 +50,8 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
     expected = pb.GenerateRequest(
         prompt="a fox", seed=7, steps=5, guidance_scale=3.5, width=64, height=72, scheduler="Euler a",
         negative_prompt="blurry", model="sd-tiny", num_images=2, clip_skip=1, controls=controls,
+        image=image, strength=0.5, mask=image, invert_mask=True, mask_blur=3, keep_unmasked=True,
+        priority=priority_pb2.PRIORITY_BATCH,
     )  # fmt: skip
     assert (code, gateway.requests) == (0, [expected])
 

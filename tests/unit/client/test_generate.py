@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2
+from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_client import AsyncClient, Client, Control, InvalidArgument, Progress, Queued, Result, Timing
 from imagemesh_runtime.errors import Unavailable
 from tests.support.recording_gateway import RecordingGateway, png
@@ -24,6 +24,8 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         client.generate(
             "a fox", negative_prompt="blurry", model="sd-tiny", seed=2**63, steps=7, guidance=0.0, width=64, height=72,
             scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
+            image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
+            priority="batch",
         )  # fmt: skip
     controls = [
         pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5),
@@ -32,6 +34,8 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
     expected = pb.GenerateRequest(
         prompt="a fox", negative_prompt="blurry", model="sd-tiny", seed=2**63, steps=7, guidance_scale=0.0, width=64,
         height=72, scheduler="Euler a", num_images=2, clip_skip=1, controls=controls,
+        image=image_pb2.Image(encoded=b"picture"), strength=0.5, mask=image_pb2.Image(encoded=b"mask"),
+        invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
     )  # fmt: skip
     assert gateway.requests == [expected]
 

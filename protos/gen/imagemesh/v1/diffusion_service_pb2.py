@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from imagemesh.v1 import priority_pb2 as imagemesh_dot_v1_dot_priority__pb2
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"\xb1\x04\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"P\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xdd\x01\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"-\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x9c\x01\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xb6\x01\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\"\xdb\x04\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x12(\n\x08priority\x18\x17 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"P\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xdd\x01\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"-\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x9c\x01\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xb6\x01\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,36 +43,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_SCHEDULERINFO_OPTIONSENTRY']._loaded_options = None
   _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_SAMPLEREQUEST']._serialized_start=82
-  _globals['_SAMPLEREQUEST']._serialized_end=643
-  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_start=501
-  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_end=574
-  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_start=576
-  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_end=643
-  _globals['_SAMPLECHECKPOINT']._serialized_start=646
-  _globals['_SAMPLECHECKPOINT']._serialized_end=852
-  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_start=784
-  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_end=852
-  _globals['_CONTROLUNIT']._serialized_start=854
-  _globals['_CONTROLUNIT']._serialized_end=934
-  _globals['_SAMPLERESPONSE']._serialized_start=937
-  _globals['_SAMPLERESPONSE']._serialized_end=1158
-  _globals['_SAMPLEQUEUED']._serialized_start=1160
-  _globals['_SAMPLEQUEUED']._serialized_end=1192
-  _globals['_SAMPLEPROGRESS']._serialized_start=1194
-  _globals['_SAMPLEPROGRESS']._serialized_end=1239
-  _globals['_SAMPLERESULT']._serialized_start=1242
-  _globals['_SAMPLERESULT']._serialized_end=1467
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=1399
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=1467
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=1469
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=1492
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=1494
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=1567
-  _globals['_SCHEDULERINFO']._serialized_start=1570
-  _globals['_SCHEDULERINFO']._serialized_end=1726
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=1680
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=1726
-  _globals['_DIFFUSIONSERVICE']._serialized_start=1729
-  _globals['_DIFFUSIONSERVICE']._serialized_end=1911
+  _globals['_SAMPLEREQUEST']._serialized_start=111
+  _globals['_SAMPLEREQUEST']._serialized_end=714
+  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_start=572
+  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_end=645
+  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_start=647
+  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_end=714
+  _globals['_SAMPLECHECKPOINT']._serialized_start=717
+  _globals['_SAMPLECHECKPOINT']._serialized_end=923
+  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_start=855
+  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_end=923
+  _globals['_CONTROLUNIT']._serialized_start=925
+  _globals['_CONTROLUNIT']._serialized_end=1005
+  _globals['_SAMPLERESPONSE']._serialized_start=1008
+  _globals['_SAMPLERESPONSE']._serialized_end=1229
+  _globals['_SAMPLEQUEUED']._serialized_start=1231
+  _globals['_SAMPLEQUEUED']._serialized_end=1263
+  _globals['_SAMPLEPROGRESS']._serialized_start=1265
+  _globals['_SAMPLEPROGRESS']._serialized_end=1310
+  _globals['_SAMPLERESULT']._serialized_start=1313
+  _globals['_SAMPLERESULT']._serialized_end=1538
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=1470
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=1538
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=1540
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=1563
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=1565
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=1638
+  _globals['_SCHEDULERINFO']._serialized_start=1641
+  _globals['_SCHEDULERINFO']._serialized_end=1797
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=1751
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=1797
+  _globals['_DIFFUSIONSERVICE']._serialized_start=1800
+  _globals['_DIFFUSIONSERVICE']._serialized_end=1982
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from imagemesh.v1 import priority_pb2 as _priority_pb2
 from imagemesh.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -79,6 +80,7 @@ class SampleRequest(_message.Message):
     CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -98,6 +100,7 @@ class SampleRequest(_message.Message):
     """
     alone: _builtins.bool
     """Run with no other request beside it: for one that two replicas did not survive."""
+    priority: _priority_pb2.Priority.ValueType
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
@@ -138,10 +141,11 @@ class SampleRequest(_message.Message):
         checkpoint_every: _builtins.int = ...,
         resume_from: Global___SampleCheckpoint | None = ...,
         alone: _builtins.bool = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

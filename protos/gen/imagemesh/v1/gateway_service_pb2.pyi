@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from imagemesh.v1 import image_pb2 as _image_pb2
 from imagemesh.v1 import model_service_pb2 as _model_service_pb2
+from imagemesh.v1 import priority_pb2 as _priority_pb2
 from imagemesh.v1 import tensor_pb2 as _tensor_pb2
 from imagemesh.v1 import vit_service_pb2 as _vit_service_pb2
 import builtins as _builtins
@@ -44,6 +45,7 @@ class GenerateRequest(_message.Message):
     INVERT_MASK_FIELD_NUMBER: _builtins.int
     MASK_BLUR_FIELD_NUMBER: _builtins.int
     KEEP_UNMASKED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -72,6 +74,7 @@ class GenerateRequest(_message.Message):
     """Lay the original over the result where nothing was to be redrawn, along the mask's soft edge; without it those
     parts have been through the VAE.
     """
+    priority: _priority_pb2.Priority.ValueType
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
     @_builtins.property
@@ -103,10 +106,11 @@ class GenerateRequest(_message.Message):
         invert_mask: _builtins.bool = ...,
         mask_blur: _builtins.int = ...,
         keep_unmasked: _builtins.bool = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
