@@ -99,12 +99,14 @@ def generate_request(
         num_images=_whole("n", n, UINT32),
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
-        priority=None if priority is None else _priority(priority),
+        priority=_priority(priority),
         **_source(**source),
     )
 
 
-def _priority(name: PriorityName) -> "priority_pb2.Priority.ValueType":
+def _priority(name: PriorityName | None) -> "priority_pb2.Priority.ValueType":
+    if name is None:
+        return priority_pb2.PRIORITY_UNSPECIFIED
     if name not in _PRIORITIES:
         raise InvalidArgument("priority", name, ", ".join(_PRIORITIES))
     return _PRIORITIES[name]
