@@ -26,6 +26,7 @@ def generate(args: Namespace) -> int:
             width=args.size[0] if args.size else None,
             height=args.size[1] if args.size else None,
             scheduler=args.scheduler,
+            scheduler_options=dict(args.scheduler_option),
             n=args.n,
             clip_skip=args.clip_skip,
             controls=controls,

@@ -1,6 +1,7 @@
 """What the command understands: every command with its options, and the function that runs it, by name."""
 
 import argparse
+import json
 import os
 from argparse import ArgumentParser
 from pathlib import Path
@@ -80,6 +81,10 @@ def _generate(parser: ArgumentParser) -> None:
     add("--guidance", type=float, metavar="X", help="classifier-free guidance (default: what suits the model, or 7.5)")
     add("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
     add("--scheduler", default="", metavar="NAME", help='such as "Euler a" (default: the model\'s own)')
+    add(
+        "--scheduler-option", type=_scheduler_option, action="append", default=[], metavar="NAME=VALUE",
+        help="such as solver_order=3 or timestep_spacing=trailing; repeatable",
+    )  # fmt: skip
     add("--model", default="", metavar="NAME", help="default: the mesh's own; see imagemesh models")
     add("-n", type=int, default=1, metavar="COUNT", help="how many pictures (default: 1)")
     add("--clip-skip", type=int, default=0, metavar="N", help="layers of the text encoder to leave out")
@@ -110,6 +115,17 @@ def _embed(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
     parser.add_argument("-o", "--output", type=_file_to_write, metavar="FILE.npy", help="write the vectors for numpy")
     _client(parser)
+
+
+def _scheduler_option(text: str) -> tuple[str, bool | float | str]:
+    """The value as JSON, or as the word that it is."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _file(text: str) -> Path:

@@ -1,7 +1,9 @@
 """From arguments to requests. What the gateway can judge better is left to it; here only what a field can't hold."""
 
+import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
@@ -55,6 +57,8 @@ class GenerateOptions(SourceOptions, total=False):
     height: int | None
     # "Euler a", "DPM++ 2M Karras"..., or a diffusers class name.
     scheduler: str
+    # Of the named scheduler, such as {"solver_order": 3}; DiffusionService.ListSchedulers tells them.
+    scheduler_options: Mapping[str, bool | float | str]
     # How many pictures.
     n: int
     # Layers of the text encoder to leave out, from the last.
@@ -75,6 +79,7 @@ def generate_request(
     width: int | None = None,
     height: int | None = None,
     scheduler: str = "",
+    scheduler_options: Mapping[str, bool | float | str] = MappingProxyType({}),
     n: int = 1,
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
@@ -95,6 +100,7 @@ def generate_request(
         steps=None if steps is None else _whole("steps", steps, UINT32),
         guidance_scale=None if guidance is None else _number("guidance", guidance),
         scheduler=_text("scheduler", scheduler),
+        scheduler_options={_text("scheduler_options", name): json.dumps(v) for name, v in scheduler_options.items()},
         seed=None if seed is None else _whole("seed", seed, UINT64),
         num_images=_whole("n", n, UINT32),
         clip_skip=_whole("clip_skip", clip_skip, UINT32),

@@ -35,6 +35,7 @@ def describe(plan: Plan, scheduler: str, seed: int) -> str:
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
     }
+    fields |= {name: value.strip('"') for name, value in sorted(plan.scheduler_options.items())}
     if plan.image is not None:
         fields["Denoising strength"] = f"{plan.image.strength:g}"
     if plan.clip_skip:

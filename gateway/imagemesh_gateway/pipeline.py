@@ -138,6 +138,7 @@ async def _denoise(
         inputs=inputs,
         strength=plan.image.strength if plan.image else 0,
         priority=plan.priority,
+        scheduler_options=plan.scheduler_options,
     )
     with ledger.metrics.stage.time("diffusion"):
         stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)

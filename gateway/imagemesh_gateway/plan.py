@@ -1,7 +1,8 @@
 """A generation request with every default and drawn value filled in, and every value checked."""
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
@@ -68,6 +69,7 @@ class Plan:
     controls: tuple[ControlPlan, ...]
     # None: from noise alone.
     image: ImagePlan | None = None
+    scheduler_options: Mapping[str, str] = field(default_factory=dict)
     priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
 
     @property
@@ -113,6 +115,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         seeds=seeds,
         controls=await _controls(request, mesh),
         image=_image(request, steps),
+        scheduler_options=dict(request.scheduler_options),
         priority=_priority(request),
     )
 
@@ -125,9 +128,9 @@ def _priority(request: pb.GenerateRequest) -> "priority_pb2.Priority.ValueType":
 
 def _image(request: pb.GenerateRequest, steps: int) -> ImagePlan | None:
     if not request.HasField("image"):
-        for field, given in (("mask", request.HasField("mask")), ("strength", request.HasField("strength"))):
+        for name, given in (("mask", request.HasField("mask")), ("strength", request.HasField("strength"))):
             if given:
-                raise InvalidArgument("image", None, f"a picture, since {field} is given")
+                raise InvalidArgument("image", None, f"a picture, since {name} is given")
         return None
     masked = request.HasField("mask")
     strength = request.strength if request.HasField("strength") else (1.0 if masked else DEFAULT_STRENGTH)

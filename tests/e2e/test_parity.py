@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from imagemesh_client import Client, Control
+from imagemesh_runtime.errors import MeshError
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
@@ -140,3 +142,49 @@ def embed(models: Path, windows: list, skip: int = 0) -> torch.Tensor:
             hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-(skip + 1)]
             parts.append(model.final_layer_norm(hidden))
     return torch.cat(parts, dim=1)
+
+
+OPTIONED = [
+    ("DPM++ 2M", {"solver_order": 3, "timestep_spacing": "trailing", "use_lu_lambdas": True}),
+    ("DPM++ 2M", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "euler_at_final": True}),
+    ("Euler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True}),
+    ("UniPC", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+    ("DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("Heun", {"use_beta_sigmas": True}),
+    ("SA Solver", {"predictor_order": 3, "corrector_order": 2}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "options"), OPTIONED)
+def test_options_of_the_scheduler_are_the_librarys(client: Client, models: Path, scheduler: str, options: dict) -> None:
+    ours = pictures(client, PROMPT, scheduler=scheduler, scheduler_options=options, steps=7, guidance=5, seed=3)
+    theirs = draw(
+        models / "tiny-sd", PROMPT, scheduler_name=scheduler, scheduler_options=options, seeds=[3],
+        num_inference_steps=7, guidance_scale=5,
+    )  # fmt: skip
+    assert worst(ours, theirs) <= 1
+    plain = pictures(client, PROMPT, scheduler=scheduler, steps=7, guidance=5, seed=3)
+    assert worst(ours, plain) > 1
+
+
+def test_eta_is_the_step_s(client: Client, models: Path) -> None:
+    ours = pictures(client, PROMPT, scheduler="DDIM", scheduler_options={"eta": 0.7}, steps=7, guidance=5, seed=3)
+    theirs = draw(
+        models / "tiny-sd", PROMPT, scheduler_name="DDIM", seeds=[3], num_inference_steps=7, guidance_scale=5, eta=0.7
+    )
+    assert worst(ours, theirs) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Euler a", {"solver_order": 2}, "scheduler_options must be an option that EulerAncestral"),
+        ("DPM++ 2M", {"solver_order": 9}, r"scheduler_options\['solver_order'\] must be a whole number from 1 to 3"),
+        ("DPM++ 2M", {"algorithm_type": "dpmsolver"}, "fits the model's own .*sigma_min"),
+        ("", {"solver_order": 2}, "names no scheduler"),
+    ],
+)
+def test_an_option_that_it_does_not_take_is_named(client: Client, name: str, options: dict, message: str) -> None:
+    with pytest.raises(MeshError, match=message) as caught:
+        client.generate(PROMPT, scheduler=name, scheduler_options=options, steps=4)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT

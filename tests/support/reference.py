@@ -20,13 +20,13 @@ def pipeline(path: Path) -> Any:
     return pipe
 
 
-def scheduler(path: Path, name: str, seeds: list[int]) -> Any:
-    """A fresh scheduler, set up as the name says."""
+def scheduler(path: Path, name: str, seeds: list[int], **more: Any) -> Any:
+    """A fresh scheduler, set up as the name says, with ``more`` options."""
     choice = find_scheduler(name)
     base = pipeline(path).scheduler
     if choice is None:
         return type(base).from_config(base.config)
-    options = dict(choice.options)
+    options = {**choice.options, **more}
     if choice.class_name == "DPMSolverSDEScheduler":
         # It ignores the request's generator; without a seed it would draw from the global one.
         options["noise_sampler_seed"] = seeds if len(seeds) > 1 else seeds[0]
@@ -41,6 +41,7 @@ def draw(
     seeds: list[int],
     controlnet: Path | None = None,
     control_image: Image.Image | None = None,
+    scheduler_options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> np.ndarray[Any, Any]:
     """uint8 [pictures, height, width, 3], one a seed."""
@@ -52,7 +53,7 @@ def draw(
         )
         pipe.set_progress_bar_config(disable=True)
         extra = {"image": control_image}
-    before, pipe.scheduler = pipe.scheduler, scheduler(path, scheduler_name, seeds)
+    before, pipe.scheduler = pipe.scheduler, scheduler(path, scheduler_name, seeds, **(scheduler_options or {}))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
         images = pipe(

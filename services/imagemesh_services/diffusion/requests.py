@@ -20,6 +20,7 @@ from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import ImageInputs, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
+from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
 # A picture's latents, as the VAE answers.
@@ -61,7 +62,7 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         height=request.height,
         steps=request.steps,
         guidance_scale=request.guidance_scale,
-        scheduler=find_scheduler(request.scheduler),
+        scheduler=with_options(find_scheduler(request.scheduler), request.scheduler_options),
         seeds=tuple(request.seeds),
         image=_image(request),
     )

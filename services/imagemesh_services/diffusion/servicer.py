@@ -21,6 +21,7 @@ from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
 from imagemesh_services.diffusion.requests import read_inputs, read_terms
+from imagemesh_services.diffusion.scheduler_options import OPTIONS
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 
 
@@ -58,6 +59,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
                 name=choice.name,
                 class_name=choice.class_name,
                 options={key: json.dumps(value) for key, value in choice.options.items()},
+                accepts={key: option.allowed for key, option in OPTIONS[choice.class_name].items()},
             )
             for choice in SCHEDULERS.values()
         ]

@@ -41,6 +41,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--control", edges, "--control-model", "canny", "--control-scale", 0.5, "--control", edges,
         "--image", edges, "--strength", 0.5, "--mask", edges, "--invert-mask", "--mask-blur", 3, "--keep-unmasked",
         "--priority", "batch",
+        "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
     controls = [
@@ -52,6 +53,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         negative_prompt="blurry", model="sd-tiny", num_images=2, clip_skip=1, controls=controls,
         image=image, strength=0.5, mask=image, invert_mask=True, mask_blur=3, keep_unmasked=True,
         priority=priority_pb2.PRIORITY_BATCH,
+        scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
     )  # fmt: skip
     assert (code, gateway.requests) == (0, [expected])
 

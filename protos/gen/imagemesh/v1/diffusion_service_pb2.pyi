@@ -66,6 +66,26 @@ class SampleRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SchedulerOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     CONDITIONING_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
@@ -81,6 +101,7 @@ class SampleRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    SCHEDULER_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -124,6 +145,10 @@ class SampleRequest(_message.Message):
     def resume_from(self) -> Global___SampleCheckpoint:
         """Go on from here: the same request's last checkpoint, of an equal fingerprint."""
 
+    @_builtins.property
+    def scheduler_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Options of the named scheduler, JSON values by name, over those that its name stands for; see ListSchedulers."""
+
     def __init__(
         self,
         *,
@@ -142,10 +167,11 @@ class SampleRequest(_message.Message):
         resume_from: Global___SampleCheckpoint | None = ...,
         alone: _builtins.bool = ...,
         priority: _priority_pb2.Priority.ValueType = ...,
+        scheduler_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,9 +461,30 @@ class SchedulerInfo(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AcceptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     CLASS_NAME_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    ACCEPTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that Stable Diffusion's users know, such as "DPM++ 2M Karras"."""
     class_name: _builtins.str
@@ -446,16 +493,21 @@ class SchedulerInfo(_message.Message):
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The settings that the name stands for, as JSON values."""
 
+    @_builtins.property
+    def accepts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What scheduler_options may set, and to which values, in words."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         class_name: _builtins.str = ...,
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        accepts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_name", b"class_name", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts", b"accepts", "class_name", b"class_name", "name", b"name", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

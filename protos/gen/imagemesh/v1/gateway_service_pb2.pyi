@@ -27,6 +27,26 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SchedulerOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
@@ -46,6 +66,7 @@ class GenerateRequest(_message.Message):
     MASK_BLUR_FIELD_NUMBER: _builtins.int
     KEEP_UNMASKED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    SCHEDULER_OPTIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -85,6 +106,10 @@ class GenerateRequest(_message.Message):
     def mask(self) -> _image_pb2.Image:
         """Redraw only where this picture is bright (at least half of white): inpainting. Resized to the picture's size."""
 
+    @_builtins.property
+    def scheduler_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Options of the named scheduler, JSON values by name, such as "solver_order" to "3"."""
+
     def __init__(
         self,
         *,
@@ -107,10 +132,11 @@ class GenerateRequest(_message.Message):
         mask_blur: _builtins.int = ...,
         keep_unmasked: _builtins.bool = ...,
         priority: _priority_pb2.Priority.ValueType = ...,
+        scheduler_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

@@ -4,7 +4,6 @@ Stable Diffusion 1.x and 2.x have no modular blocks of their own in diffusers; S
 encoder's pooled output isn't concerned, so those are run.
 """
 
-import copy
 from collections.abc import Hashable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,7 +29,7 @@ from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.object_state import Packer, Unpacker, changes, restore, snapshot
 from imagemesh_services.diffusion.rows import StepRows, merge_residuals, merge_timesteps
-from imagemesh_services.diffusion.schedulers import SchedulerChoice
+from imagemesh_services.diffusion.scheduler_factory import Schedulers
 from imagemesh_services.diffusion.start import LatentScale, from_image, from_noise
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
@@ -166,7 +165,7 @@ class TorchRun:
             "batch_size": len(generators),
             "num_images_per_prompt": 1,
             "dtype": self._components.unet.dtype,
-            "eta": 0.0,
+            "eta": inputs.scheduler.options.get("eta", 0.0) if inputs.scheduler else 0.0,
         }
         for name, value in values.items():
             state.set(name, value)
@@ -199,9 +198,7 @@ class TorchDiffusionModel:
         self._latent_scale = LatentScale(vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0)
         self._max_rows = max_rows
         self._unet = unet
-        self._scheduler = scheduler
-        # from_config takes up to 0.3 s for some classes; copying what it made, none.
-        self._prototypes: dict[str, Any] = {}
+        self._schedulers = Schedulers(scheduler)
 
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
@@ -212,7 +209,7 @@ class TorchDiffusionModel:
         components = SimpleNamespace(
             name=self._name,
             unet=self._unet,
-            scheduler=self._new_scheduler(inputs.scheduler, inputs.seeds),
+            scheduler=self._schedulers.new(inputs.scheduler, inputs.seeds),
             guider=_new_guider(inputs),
             vae_scale_factor=self.scale_factor,
             latent_scale=self._latent_scale,
@@ -295,22 +292,6 @@ class TorchDiffusionModel:
             return [(i, misfit if steered and isinstance(error, RuntimeError) else error)]
         split = torch.split(predicted, [len(part.sample) for part in parts])
         return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
-
-    def _new_scheduler(self, choice: SchedulerChoice | None, seeds: Any) -> Any:
-        if choice is None:
-            return copy.deepcopy(self._scheduler)
-        if choice.name not in self._prototypes:
-            cls = getattr(diffusers, choice.class_name)
-            try:
-                self._prototypes[choice.name] = cls.from_config(self._scheduler.config, **choice.options)
-            except (ValueError, NotImplementedError) as error:
-                raise InvalidArgument("scheduler", choice.name, f"one that fits the model's own ({error})") from error
-        scheduler = copy.deepcopy(self._prototypes[choice.name])
-        if "noise_sampler_seed" in scheduler.config:
-            # This class ignores the request's generator and would draw from the global one.
-            scheduler.register_to_config(noise_sampler_seed=list(seeds) if len(seeds) > 1 else seeds[0])
-            scheduler.noise_sampler_seed = scheduler.config.noise_sampler_seed
-        return scheduler
 
 
 def _new_guider(inputs: SampleInputs) -> ClassifierFreeGuidance:
