@@ -37,6 +37,8 @@ def generate(args: Namespace) -> int:
             mask_blur=args.mask_blur,
             keep_unmasked=args.keep_unmasked,
             priority=args.priority,
+            variation_strength=args.variation_strength,
+            variation_seed=args.variation_seed,
             on_progress=show,
         )
     files = [

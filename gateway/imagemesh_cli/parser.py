@@ -77,6 +77,8 @@ def _generate(parser: ArgumentParser) -> None:
     add("-o", "--output", type=_picture_to_write, required=True, metavar="FILE", help="with -n: FILE-0, FILE-1...")
     add("--negative", default="", metavar="PROMPT", help="what not to show")
     add("--seed", type=int, metavar="N", help="picture i takes seed + i (default: drawn)")
+    add("--variation-strength", type=float, default=0.0, metavar="X", help="0 to 1: a picture much like the seed's")
+    add("--variation-seed", type=int, metavar="N", help="which one (default: drawn)")
     add("--steps", type=int, metavar="N", help="default: what suits the model, or 20")
     add("--guidance", type=float, metavar="X", help="classifier-free guidance (default: what suits the model, or 7.5)")
     add("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")

@@ -40,14 +40,27 @@ class SourceOptions(TypedDict, total=False):
     keep_unmasked: bool
 
 
-class GenerateOptions(SourceOptions, total=False):
+class NoiseOptions(TypedDict, total=False):
+    """Which noise to start from."""
+
+    # Picture i of n takes seed + i. None: drawn.
+    seed: int | None
+    # How many pictures.
+    n: int
+    # A seed a picture, instead of seed and n.
+    seeds: Iterable[int]
+    # 0 to 1: how far each picture's noise is turned towards that of another seed.
+    variation_strength: float
+    # Picture i takes variation_seed + i. None: drawn.
+    variation_seed: int | None
+
+
+class GenerateOptions(SourceOptions, NoiseOptions, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
     # A name that ``models()`` lists for the role "diffusion".
     model: str
-    # Picture i of n takes seed + i. None: drawn.
-    seed: int | None
     # None: what suits the model, 20 if it doesn't say.
     steps: int | None
     # Classifier-free guidance. None: what suits the model, 7.5 if it doesn't say.
@@ -59,8 +72,6 @@ class GenerateOptions(SourceOptions, total=False):
     scheduler: str
     # Of the named scheduler, such as {"solver_order": 3}; DiffusionService.ListSchedulers tells them.
     scheduler_options: Mapping[str, bool | float | str]
-    # How many pictures.
-    n: int
     # Layers of the text encoder to leave out, from the last.
     clip_skip: int
     controls: Iterable[Control]
@@ -68,29 +79,33 @@ class GenerateOptions(SourceOptions, total=False):
     priority: PriorityName | None
 
 
+class MoreOptions(SourceOptions, NoiseOptions, total=False):
+    """What ``generate_request`` hands on."""
+
+
 def generate_request(
     prompt: str,
     *,
     negative_prompt: str = "",
     model: str = "",
-    seed: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     width: int | None = None,
     height: int | None = None,
     scheduler: str = "",
     scheduler_options: Mapping[str, bool | float | str] = MappingProxyType({}),
-    n: int = 1,
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
     priority: PriorityName | None = None,
-    **source: Unpack[SourceOptions],
+    **more: Unpack[MoreOptions],
 ) -> pb.GenerateRequest:
     """The request for ``GenerateOptions``; reads the files of pictures.
 
     Raises:
         InvalidArgument: a value that its field can't hold.
     """
+    if unknown := sorted(set(more) - set(MoreOptions.__annotations__)):
+        raise TypeError(f"generate takes no option {', '.join(unknown)}")
     return pb.GenerateRequest(
         prompt=_text("prompt", prompt),
         negative_prompt=_text("negative_prompt", negative_prompt),
@@ -101,12 +116,11 @@ def generate_request(
         guidance_scale=None if guidance is None else _number("guidance", guidance),
         scheduler=_text("scheduler", scheduler),
         scheduler_options={_text("scheduler_options", name): json.dumps(v) for name, v in scheduler_options.items()},
-        seed=None if seed is None else _whole("seed", seed, UINT64),
-        num_images=_whole("n", n, UINT32),
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
         priority=_priority(priority),
-        **_source(**source),
+        **_noise(more),
+        **_source(more),
     )
 
 
@@ -118,22 +132,30 @@ def _priority(name: PriorityName | None) -> "priority_pb2.Priority.ValueType":
     return _PRIORITIES[name]
 
 
-def _source(
-    image: ImageInput | None = None,
-    strength: float | None = None,
-    mask: ImageInput | None = None,
-    invert_mask: bool = False,
-    mask_blur: int = 0,
-    keep_unmasked: bool = False,
-) -> dict[str, Any]:
+def _noise(options: MoreOptions) -> dict[str, Any]:
+    """The fields of ``NoiseOptions``."""
+    seed, variation_seed = options.get("seed"), options.get("variation_seed")
+    seeds = [_whole(f"seeds[{i}]", one, UINT64) for i, one in enumerate(options.get("seeds", ()))]
+    count = options.get("n", 1)
+    return {
+        "seed": None if seed is None else _whole("seed", seed, UINT64),
+        "num_images": None if seeds and count == 1 else _whole("n", count, UINT32),
+        "seeds": seeds,
+        "variation_strength": _number("variation_strength", options.get("variation_strength", 0.0)),
+        "variation_seed": None if variation_seed is None else _whole("variation_seed", variation_seed, UINT64),
+    }
+
+
+def _source(options: MoreOptions) -> dict[str, Any]:
     """The fields of ``SourceOptions``."""
+    image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
     return {
         "image": None if image is None else image_to_proto(image, "image"),
         "strength": None if strength is None else _number("strength", strength),
         "mask": None if mask is None else image_to_proto(mask, "mask"),
-        "invert_mask": bool(invert_mask),
-        "mask_blur": _whole("mask_blur", mask_blur, UINT32),
-        "keep_unmasked": bool(keep_unmasked),
+        "invert_mask": bool(options.get("invert_mask", False)),
+        "mask_blur": _whole("mask_blur", options.get("mask_blur", 0), UINT32),
+        "keep_unmasked": bool(options.get("keep_unmasked", False)),
     }
 
 

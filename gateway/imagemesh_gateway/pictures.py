@@ -22,8 +22,8 @@ def encode_png(image: Array, parameters: str) -> bytes:
     return file.getvalue()
 
 
-def describe(plan: Plan, scheduler: str, seed: int) -> str:
-    """What made a picture, in the form that AUTOMATIC1111's tools read."""
+def describe(plan: Plan, scheduler: str, index: int) -> str:
+    """What made a picture of the plan, in the form that AUTOMATIC1111's tools read."""
     lines = [plan.prompt]
     if plan.negative_prompt:
         lines.append(f"Negative prompt: {plan.negative_prompt}")
@@ -31,10 +31,13 @@ def describe(plan: Plan, scheduler: str, seed: int) -> str:
         "Steps": plan.steps,
         "Sampler": plan.scheduler or scheduler,
         "CFG scale": f"{plan.guidance_scale:g}",
-        "Seed": seed,
+        "Seed": plan.seeds[index],
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
     }
+    if plan.variation_seeds:
+        fields["Variation seed"] = plan.variation_seeds[index]
+        fields["Variation seed strength"] = f"{plan.variation_strength:g}"
     fields |= {name: value.strip('"') for name, value in sorted(plan.scheduler_options.items())}
     if plan.image is not None:
         fields["Denoising strength"] = f"{plan.image.strength:g}"

@@ -138,6 +138,8 @@ async def _denoise(
         inputs=inputs,
         strength=plan.image.strength if plan.image else 0,
         priority=plan.priority,
+        variation_seeds=plan.variation_seeds,
+        variation_strength=plan.variation_strength,
         scheduler_options=plan.scheduler_options,
     )
     with ledger.metrics.stage.time("diffusion"):
@@ -168,8 +170,8 @@ async def _decode(mesh: Mesh, plan: Plan, sampled: SampleResult, ledger: Ledger)
 async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger) -> pb.GenerateResult:
     with ledger.metrics.stage.time("png"):
         files = [
-            await asyncio.to_thread(encode_png, image, describe(plan, sampled.scheduler, seed))
-            for image, seed in zip(images, plan.seeds, strict=True)
+            await asyncio.to_thread(encode_png, image, describe(plan, sampled.scheduler, i))
+            for i, image in enumerate(images)
         ]
     parameters = pb.GenerateParameters(
         prompt=plan.prompt,
@@ -183,6 +185,8 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         seed=plan.seeds[0],
         clip_skip=plan.clip_skip,
         backends=ledger.backends,
+        variation_seed=plan.variation_seeds[0] if plan.variation_seeds else None,
+        variation_strength=plan.variation_strength,
     )
     pictures = [pb.GeneratedImage(png=png, seed=seed) for png, seed in zip(files, plan.seeds, strict=True)]
     return pb.GenerateResult(id=plan.id, images=pictures, parameters=parameters, timings=ledger.timings())

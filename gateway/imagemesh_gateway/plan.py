@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
-from imagemesh_gateway.mesh import Mesh
+from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
@@ -69,6 +69,8 @@ class Plan:
     controls: tuple[ControlPlan, ...]
     # None: from noise alone.
     image: ImagePlan | None = None
+    variation_seeds: tuple[int, ...] = ()
+    variation_strength: float = 0.0
     scheduler_options: Mapping[str, str] = field(default_factory=dict)
     priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
 
@@ -94,13 +96,9 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     check_range("steps", steps, 1, MAX_STEPS)
     guidance = request.guidance_scale if request.HasField("guidance_scale") else default_guidance
     check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
-    multiple = int(model.properties["multiple"])
-    width = request.width or int(model.properties["width"])
-    height = request.height or int(model.properties["height"])
-    check_size("width", width, multiple)
-    check_size("height", height, multiple)
+    width, height = _size(request, model)
     seeds = _seeds(request)
-    check_pixels("num_images", len(seeds), width, height)
+    check_pixels("seeds" if request.seeds else "num_images", len(seeds), width, height)
     return Plan(
         id=secrets.token_hex(8),
         model=model.name,
@@ -115,6 +113,8 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         seeds=seeds,
         controls=await _controls(request, mesh),
         image=_image(request, steps),
+        variation_seeds=_variation_seeds(request, len(seeds)),
+        variation_strength=request.variation_strength,
         scheduler_options=dict(request.scheduler_options),
         priority=_priority(request),
     )
@@ -149,11 +149,39 @@ def _image(request: pb.GenerateRequest, steps: int) -> ImagePlan | None:
     )
 
 
+def _size(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, int]:
+    multiple = int(model.properties["multiple"])
+    width = request.width or int(model.properties["width"])
+    height = request.height or int(model.properties["height"])
+    check_size("width", width, multiple)
+    check_size("height", height, multiple)
+    return width, height
+
+
 def _seeds(request: pb.GenerateRequest) -> tuple[int, ...]:
+    if request.seeds:
+        for name in ("seed", "num_images"):
+            if request.HasField(name):
+                raise InvalidArgument(name, getattr(request, name), "absent where seeds are given")
+        check_range("seeds", len(request.seeds), 1, MAX_IMAGES)
+        for i, seed in enumerate(request.seeds):
+            check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
+        return tuple(request.seeds)
     count = request.num_images if request.HasField("num_images") else 1
     check_range("num_images", count, 1, MAX_IMAGES)
     seed = request.seed if request.HasField("seed") else secrets.randbelow(2**32)
     check_range("seed", seed, 0, MAX_SEED - count)
+    return tuple(range(seed, seed + count))
+
+
+def _variation_seeds(request: pb.GenerateRequest, count: int) -> tuple[int, ...]:
+    check_range("variation_strength", request.variation_strength, 0, 1)
+    if not request.variation_strength:
+        if request.HasField("variation_seed"):
+            raise InvalidArgument("variation_strength", 0.0, "above 0 where variation_seed is given")
+        return ()
+    seed = request.variation_seed if request.HasField("variation_seed") else secrets.randbelow(2**32)
+    check_range("variation_seed", seed, 0, MAX_SEED - count)
     return tuple(range(seed, seed + count))
 
 

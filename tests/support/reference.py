@@ -42,6 +42,7 @@ def draw(
     controlnet: Path | None = None,
     control_image: Image.Image | None = None,
     scheduler_options: dict[str, Any] | None = None,
+    generator_state: torch.Tensor | None = None,
     **settings: Any,
 ) -> np.ndarray[Any, Any]:
     """uint8 [pictures, height, width, 3], one a seed."""
@@ -55,6 +56,8 @@ def draw(
         extra = {"image": control_image}
     before, pipe.scheduler = pipe.scheduler, scheduler(path, scheduler_name, seeds, **(scheduler_options or {}))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if generator_state is not None:
+        generators[0].set_state(generator_state)
     try:
         images = pipe(
             prompt,

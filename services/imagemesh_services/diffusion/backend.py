@@ -38,6 +38,9 @@ class SampleInputs:
     seeds: Sequence[int]
     # None: from noise alone.
     image: ImageInputs | None = None
+    # Other seeds, one a picture, and how far its noise is turned towards theirs, 0 to 1.
+    variation_seeds: Sequence[int] = ()
+    variation_strength: float = 0.0
 
     @property
     def steps_to_do(self) -> int:

@@ -55,6 +55,12 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
     for i, unit in enumerate(request.controls):
         shape = (request.height, request.width, 3)
         from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)
+    check_range("variation_strength", request.variation_strength, 0, 1)
+    wanted = len(request.seeds) if request.variation_strength else 0
+    if len(request.variation_seeds) != wanted:
+        raise InvalidArgument("variation_seeds", f"{len(request.variation_seeds)} seeds", f"{wanted}, one a picture")
+    for i, seed in enumerate(request.variation_seeds):
+        check_range(f"variation_seeds[{i}]", seed, 0, MAX_SEED)
     guided = request.guidance_scale > 1
     return SampleInputs(
         conditioning=_conditioning(request, guided),
@@ -65,6 +71,8 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         scheduler=with_options(find_scheduler(request.scheduler), request.scheduler_options),
         seeds=tuple(request.seeds),
         image=_image(request),
+        variation_seeds=tuple(request.variation_seeds),
+        variation_strength=request.variation_strength,
     )
 
 

@@ -39,19 +39,53 @@ class LatentScale:
         return (latents - self.shift) * self.factor if self.shift else self.factor * latents
 
 
-def from_noise(components: Any, state: PipelineState) -> None:
+@dataclass(frozen=True)
+class Variation:
+    """Noise of other seeds, one a picture, and how far to turn to it, 0 to 1."""
+
+    seeds: Sequence[int]
+    strength: float
+
+    def turn(self, noise: torch.Tensor) -> torch.Tensor:
+        """The noise of all pictures, [n, c, h, w], turned."""
+        if not self.strength:
+            return noise
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        other = torch.cat([_noise(noise[:1], one) for one in generators])
+        return torch.stack([slerp(a, b, self.strength) for a, b in zip(noise, other, strict=True)])
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, amount: float) -> torch.Tensor:
+    """From ``a`` to ``b`` along the great circle (Shoemake, 1985), so that noise keeps its length."""
+    unit_a, unit_b = (one.double().flatten() / one.double().norm() for one in (a, b))
+    angle = torch.acos((unit_a @ unit_b).clamp(-1, 1))
+    if angle < 1e-4:
+        return torch.lerp(a, b, amount)
+    turned = torch.sin((1 - amount) * angle) * a.double() + torch.sin(amount * angle) * b.double()
+    return (turned / torch.sin(angle)).to(a.dtype)
+
+
+def from_noise(components: Any, state: PipelineState, variation: Variation) -> None:
     """Set the schedule and draw the noise."""
     _TIMESTEPS(components, state)
+    if variation.strength:
+        unet = components.unet
+        size = (int(state.get(side)) // components.vae_scale_factor for side in ("height", "width"))
+        like = torch.empty(1, components.num_channels_latents, *size, device=unet.device, dtype=unet.dtype)
+        noise = torch.cat([_noise(like, one) for one in _generators(state)])
+        state.set("latents", variation.turn(noise))
     _LATENTS(components, state)
 
 
-def from_image(components: Any, state: PipelineState, image: ImageInputs, scale: LatentScale) -> None:
+def from_image(
+    components: Any, state: PipelineState, image: ImageInputs, variation: Variation, scale: LatentScale
+) -> None:
     """Set the rest of the schedule and noise the picture's latents to where it begins."""
     state.set("strength", image.strength)
     _LATE_TIMESTEPS(components, state)
     generators = _generators(state)
     clean = torch.cat([_sample(components, image.mean, image.log_variance, one, scale) for one in generators])
-    noise = torch.cat([_noise(clean[:1], one) for one in generators])
+    noise = variation.turn(torch.cat([_noise(clean[:1], one) for one in generators]))
     scheduler = components.scheduler
     if image.mask is not None and image.strength == 1:
         latents = noise * scheduler.init_noise_sigma

@@ -102,6 +102,8 @@ class SampleRequest(_message.Message):
     ALONE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     SCHEDULER_OPTIONS_FIELD_NUMBER: _builtins.int
+    VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
+    VARIATION_SEEDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -122,6 +124,10 @@ class SampleRequest(_message.Message):
     alone: _builtins.bool
     """Run with no other request beside it: for one that two replicas did not survive."""
     priority: _priority_pb2.Priority.ValueType
+    variation_strength: _builtins.float
+    """How far the noise of each picture is turned towards that of another seed: 0 (not at all) to 1 (all the way), along the
+    great circle (slerp), so that it stays noise.
+    """
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
@@ -149,6 +155,10 @@ class SampleRequest(_message.Message):
     def scheduler_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Options of the named scheduler, JSON values by name, over those that its name stands for; see ListSchedulers."""
 
+    @_builtins.property
+    def variation_seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """That seed, one a picture; empty where variation_strength is 0."""
+
     def __init__(
         self,
         *,
@@ -168,10 +178,12 @@ class SampleRequest(_message.Message):
         alone: _builtins.bool = ...,
         priority: _priority_pb2.Priority.ValueType = ...,
         scheduler_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        variation_strength: _builtins.float = ...,
+        variation_seeds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

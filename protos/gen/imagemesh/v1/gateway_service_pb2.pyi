@@ -67,6 +67,9 @@ class GenerateRequest(_message.Message):
     KEEP_UNMASKED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     SCHEDULER_OPTIONS_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
+    VARIATION_SEED_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -96,6 +99,10 @@ class GenerateRequest(_message.Message):
     parts have been through the VAE.
     """
     priority: _priority_pb2.Priority.ValueType
+    variation_strength: _builtins.float
+    """Above 0, to 1: turn each picture's noise that far towards that of variation_seed + i, for a picture much like it."""
+    variation_seed: _builtins.int
+    """Absent: drawn."""
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
     @_builtins.property
@@ -109,6 +116,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def scheduler_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Options of the named scheduler, JSON values by name, such as "solver_order" to "3"."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A seed a picture, instead of seed and num_images."""
 
     def __init__(
         self,
@@ -133,10 +144,13 @@ class GenerateRequest(_message.Message):
         keep_unmasked: _builtins.bool = ...,
         priority: _priority_pb2.Priority.ValueType = ...,
         scheduler_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
+        variation_strength: _builtins.float = ...,
+        variation_seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "steps", b"steps", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -148,6 +162,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__variation_seed: _TypeAlias = _typing.Literal["variation_seed"]  # noqa: Y015
+    _WhichOneofArgType__variation_seed: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -158,6 +174,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variation_seed) -> _WhichOneofReturnType__variation_seed | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -358,6 +376,8 @@ class GenerateParameters(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     BACKENDS_FIELD_NUMBER: _builtins.int
+    VARIATION_SEED_FIELD_NUMBER: _builtins.int
+    VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -368,6 +388,9 @@ class GenerateParameters(_message.Message):
     scheduler: _builtins.str
     seed: _builtins.int
     clip_skip: _builtins.int
+    variation_seed: _builtins.int
+    """Where the noise was varied."""
+    variation_strength: _builtins.float
     @_builtins.property
     def backends(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What ran each stage, such as "vae" to "torch"."""
@@ -386,12 +409,16 @@ class GenerateParameters(_message.Message):
         seed: _builtins.int = ...,
         clip_skip: _builtins.int = ...,
         backends: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        variation_seed: _builtins.int | None = ...,
+        variation_strength: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "clip_skip", b"clip_skip", "guidance_scale", b"guidance_scale", "height", b"height", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "backends", b"backends", "clip_skip", b"clip_skip", "guidance_scale", b"guidance_scale", "height", b"height", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__variation_seed: _TypeAlias = _typing.Literal["variation_seed"]  # noqa: Y015
+    _WhichOneofArgType__variation_seed: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variation_seed) -> _WhichOneofReturnType__variation_seed | None: ...
 
 Global___GenerateParameters: _TypeAlias = GenerateParameters  # noqa: Y015
 

@@ -5,8 +5,9 @@ x + (target - x) / (n - i), so that after the last they are the target: the mean
 embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean where
 guidance is on, plus the mean of the middle residual. One evaluation is one step.
 
-With a picture they start at strength times that, plus 1 - strength times the picture's mean; with a mask, cells whose
-upper left pixel isn't masked are the picture's mean after every step.
+A variation moves that start towards the other seed's in a straight line. With a picture they start at strength times
+that, plus 1 - strength times the picture's mean; with a mask, cells whose upper left pixel isn't masked are the
+picture's mean after every step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ class FakeRun:
         self.key = (inputs.width, inputs.height)
         self._done = 0
         starts = np.array([seed % 256 / 256 for seed in inputs.seeds], dtype=np.float32)
+        if inputs.variation_strength:
+            others = np.array([seed % 256 / 256 for seed in inputs.variation_seeds], dtype=np.float32)
+            starts = starts + np.float32(inputs.variation_strength) * (others - starts)
         size = (CHANNELS, inputs.height // SCALE, inputs.width // SCALE)
         self._latents: Array = np.broadcast_to(starts[:, None, None, None], (len(starts), *size)).copy()
         if inputs.image is not None:

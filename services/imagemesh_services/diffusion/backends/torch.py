@@ -30,7 +30,7 @@ from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.object_state import Packer, Unpacker, changes, restore, snapshot
 from imagemesh_services.diffusion.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.scheduler_factory import Schedulers
-from imagemesh_services.diffusion.start import LatentScale, from_image, from_noise
+from imagemesh_services.diffusion.start import LatentScale, Variation, from_image, from_noise
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
@@ -170,10 +170,11 @@ class TorchRun:
         for name, value in values.items():
             state.set(name, value)
         with torch.inference_mode():
+            variation = Variation(inputs.variation_seeds, inputs.variation_strength)
             if inputs.image is None:
-                from_noise(self._components, state)
+                from_noise(self._components, state, variation)
             else:
-                from_image(self._components, state, inputs.image, self._components.latent_scale)
+                from_image(self._components, state, inputs.image, variation, self._components.latent_scale)
         return SimpleNamespace(**state.values)
 
     def _embeddings(self, inputs: SampleInputs) -> dict[str, torch.Tensor]:
