@@ -117,7 +117,7 @@ async def test_residuals_that_are_not_finite_are_not_used(controlnet: tuple[Reco
     ("change", "said"),
     [
         ({"side": 32}, "controls[0].image.shape must be [64, 64, 3], got [32, 64, 3]"),
-        ({"inputs": "mask"}, "inputs must be empty"),
+        ({"inputs": "mask"}, "inputs must be a map with image_mean and image_log_variance too, got ['mask']"),
         ({"conditioning": "pooled"}, "conditioning must be a map of prompt_embeds and negative_prompt_embeds alone"),
         ({"tokens": 0}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 0"),
         ({"tokens": 5000}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 5000"),

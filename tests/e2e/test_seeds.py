@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagemesh_client import Client
 from imagemesh_runtime.errors import MeshError
-from imagemesh_services.diffusion.start import slerp
+from imagemesh_services.diffusion.backends.torch.start import slerp
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 

@@ -25,12 +25,12 @@ from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
+from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
+from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
+from imagemesh_services.diffusion.backends.torch.start import LatentScale, Variation, from_image, from_noise
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
-from imagemesh_services.diffusion.object_state import Packer, Unpacker, changes, restore, snapshot
-from imagemesh_services.diffusion.rows import StepRows, merge_residuals, merge_timesteps
-from imagemesh_services.diffusion.scheduler_factory import Schedulers
-from imagemesh_services.diffusion.start import LatentScale, Variation, from_image, from_noise
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch

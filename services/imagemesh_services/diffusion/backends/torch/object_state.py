@@ -21,8 +21,10 @@ _MAX_ITEMS: Final = 4096
 _MAX_INTEGER: Final = 1 << 53
 # IPNDM's history only grows; it looks back this far (bit-exact), and PNDM cuts its own to the same length.
 _HISTORY: Final = {"ets": 3}
-# Attributes that some classes have only from their first step on (Heun, KDPM2 ancestral, SASolver, LCM).
-_LATE: Final = frozenset({"dt", "last_noise", "sample", "sigma_data", "this_corrector_order", "this_predictor_order"})
+# Attributes that some classes have only from their first step on (Heun, KDPM2 ancestral, SASolver, LCM, UniPC).
+_LATE: Final = frozenset(
+    {"dt", "last_noise", "sample", "sigma_data", "this_corrector_order", "this_order", "this_predictor_order"}
+)
 
 
 def snapshot(thing: object) -> dict[str, Any]:
