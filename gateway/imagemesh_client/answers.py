@@ -52,7 +52,7 @@ def event(response: pb.GenerateResponse) -> Event | None:
     if kind == "queued":
         return Queued(response.queued.id, response.queued.position)
     if kind == "progress":
-        return Progress(response.progress.step, response.progress.steps)
+        return Progress(response.progress.step, response.progress.steps, tuple(response.progress.previews))
     if kind == "result":
         return Result(generation(response.result))
     return None

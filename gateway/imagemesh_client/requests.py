@@ -55,7 +55,16 @@ class NoiseOptions(TypedDict, total=False):
     variation_seed: int | None
 
 
-class GenerateOptions(SourceOptions, NoiseOptions, total=False):
+class CourseOptions(TypedDict, total=False):
+    """How it goes on its way, which changes nothing of the picture."""
+
+    # Who goes first where requests wait. None: normal.
+    priority: PriorityName | None
+    # Steps between two previews in ``Progress``. 0: none.
+    preview_every: int
+
+
+class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
@@ -75,11 +84,9 @@ class GenerateOptions(SourceOptions, NoiseOptions, total=False):
     # Layers of the text encoder to leave out, from the last.
     clip_skip: int
     controls: Iterable[Control]
-    # Who goes first where requests wait. None: normal.
-    priority: PriorityName | None
 
 
-class MoreOptions(SourceOptions, NoiseOptions, total=False):
+class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
     """What ``generate_request`` hands on."""
 
 
@@ -96,7 +103,6 @@ def generate_request(
     scheduler_options: Mapping[str, bool | float | str] = MappingProxyType({}),
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
-    priority: PriorityName | None = None,
     **more: Unpack[MoreOptions],
 ) -> pb.GenerateRequest:
     """The request for ``GenerateOptions``; reads the files of pictures.
@@ -118,10 +124,18 @@ def generate_request(
         scheduler_options={_text("scheduler_options", name): json.dumps(v) for name, v in scheduler_options.items()},
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
-        priority=_priority(priority),
         **_noise(more),
         **_source(more),
+        **_course(more),
     )
+
+
+def _course(options: MoreOptions) -> dict[str, Any]:
+    """The fields of ``CourseOptions``."""
+    return {
+        "priority": _priority(options.get("priority")),
+        "preview_every": _whole("preview_every", options.get("preview_every", 0), UINT32),
+    }
 
 
 def _priority(name: PriorityName | None) -> "priority_pb2.Priority.ValueType":

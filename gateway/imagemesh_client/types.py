@@ -107,10 +107,11 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """``step`` of ``steps`` is done."""
+    """``step`` of ``steps`` is done; where previews were asked for and are due, a small JPEG a picture."""
 
     step: int
     steps: int
+    previews: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pictures import Sources, control_picture, describe, encode_png, lay_over, sources
 from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import Plan
+from imagemesh_gateway.previews import Previews
 from imagemesh_runtime.client import Hop
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
@@ -117,15 +118,10 @@ async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_serv
     ]
 
 
-async def _denoise(
-    mesh: Mesh,
-    plan: Plan,
-    conditioning: Tensors,
-    inputs: Tensors,
-    controls: list[diffusion_service_pb2.ControlUnit],
-    ledger: Ledger,
-) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
-    request = diffusion_service_pb2.SampleRequest(
+def _sample_request(
+    plan: Plan, conditioning: Tensors, inputs: Tensors, controls: list[diffusion_service_pb2.ControlUnit]
+) -> diffusion_service_pb2.SampleRequest:
+    return diffusion_service_pb2.SampleRequest(
         model=plan.model,
         conditioning=conditioning,
         width=plan.width,
@@ -141,7 +137,20 @@ async def _denoise(
         variation_seeds=plan.variation_seeds,
         variation_strength=plan.variation_strength,
         scheduler_options=plan.scheduler_options,
+        preview_every=plan.preview_every,
     )
+
+
+async def _denoise(
+    mesh: Mesh,
+    plan: Plan,
+    conditioning: Tensors,
+    inputs: Tensors,
+    controls: list[diffusion_service_pb2.ControlUnit],
+    ledger: Ledger,
+) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
+    request = _sample_request(plan, conditioning, inputs, controls)
+    previews = await Previews.of(mesh, plan.model) if plan.preview_every else None
     with ledger.metrics.stage.time("diffusion"):
         stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)
         async with aclosing(stream) as responses:
@@ -150,13 +159,21 @@ async def _denoise(
                 if kind == "queued":
                     yield pb.GenerateResponse(queued=pb.GenerateQueued(id=plan.id, position=response.queued.position))
                 elif kind == "progress":
-                    done = response.progress
-                    yield pb.GenerateResponse(progress=pb.GenerateProgress(step=done.step, steps=done.steps))
+                    yield pb.GenerateResponse(progress=await _progress(plan, response.progress, previews))
                 else:
                     ledger.backends["diffusion"] = response.result.backend
                     for i, backend in enumerate(response.result.control_backends):
                         ledger.backends[f"controlnet[{i}]"] = backend
                     yield response.result
+
+
+async def _progress(
+    plan: Plan, told: diffusion_service_pb2.SampleProgress, previews: Previews | None
+) -> pb.GenerateProgress:
+    shown: list[bytes] = []
+    if previews is not None and told.HasField("preview"):
+        shown = await asyncio.to_thread(previews.jpegs, told.preview, plan.width, plan.height)
+    return pb.GenerateProgress(step=told.step, steps=told.steps, previews=shown)
 
 
 async def _decode(mesh: Mesh, plan: Plan, sampled: SampleResult, ledger: Ledger) -> Array:

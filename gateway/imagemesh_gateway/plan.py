@@ -73,6 +73,8 @@ class Plan:
     variation_strength: float = 0.0
     scheduler_options: Mapping[str, str] = field(default_factory=dict)
     priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
+    # Steps between two previews; 0: none.
+    preview_every: int = 0
 
     @property
     def guided(self) -> bool:
@@ -92,6 +94,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
     default_steps = int(model.properties.get("steps", DEFAULT_STEPS))
     default_guidance = float(model.properties.get("guidance_scale", DEFAULT_GUIDANCE))
+    check_range("preview_every", request.preview_every, 0, MAX_STEPS)
     steps = request.steps if request.HasField("steps") else default_steps
     check_range("steps", steps, 1, MAX_STEPS)
     guidance = request.guidance_scale if request.HasField("guidance_scale") else default_guidance
@@ -117,6 +120,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         variation_strength=request.variation_strength,
         scheduler_options=dict(request.scheduler_options),
         priority=_priority(request),
+        preview_every=request.preview_every,
     )
 
 

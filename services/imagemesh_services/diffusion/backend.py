@@ -93,6 +93,9 @@ class Run(Protocol):
     def latents(self) -> Array:
         """float [pictures, channels, h, w]."""
 
+    def preview(self) -> Array:
+        """float [pictures, channels, h, w]: the latents it is heading for, by the last evaluation."""
+
     def checkpoint(self) -> Checkpoint:
         """All that ``restore`` needs to go on from here, of the same bits."""
 

@@ -263,7 +263,10 @@ class Engine:
     async def _tell(self, generation: Generation) -> None:
         """Say how far the generation is, and ask for what its next evaluation needs."""
         try:
-            generation.events.put_nowait(Progress(generation.started.steps_done()))
+            step = generation.started.steps_done()
+            shown = await self._lane.run(generation.started.preview) if generation.shows_at(step) else None
+            generation.events.put_nowait(Progress(step, shown))
+            generation.told = step
             if generation.freezes_now:
                 generation.events.put_nowait(Frozen(await self._lane.run(generation.started.checkpoint)))
             generation.wanted.set()

@@ -27,9 +27,10 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps behind, as the user counts them."""
+    """Steps behind, as the user counts them, and perhaps the latents as the model takes them to end."""
 
     step: int
+    preview: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Terms:
         every: evaluations between two checkpoints; 0: none, and the caller can't be handed back.
         resume_from: where it was on the replica before.
         alone: it may take its replica down with it, so nobody else runs beside it.
+        preview_every: steps between two previews; 0: none.
     """
 
     patience: float = PATIENCE["normal"]
     every: int = 0
     resume_from: Checkpoint | None = None
     alone: bool = False
+    preview_every: int = 0
 
 
 @dataclass(eq=False)
@@ -91,6 +94,8 @@ class Generation:
     residuals: Residuals | None = None
     control_backends: Sequence[str] = ()
     evaluated: int = 0
+    # Steps that the caller last heard of.
+    told: int = 0
     last_tick: int = 0
     gone: bool = False
 
@@ -136,6 +141,11 @@ class Generation:
     def freezes_now(self) -> bool:
         """Whether a checkpoint is due between the last evaluation and the next."""
         return self.terms.every > 0 and self.evaluated % self.terms.every == 0 and not self.done
+
+    def shows_at(self, step: int) -> bool:
+        """Whether a preview is due, now that ``step`` steps are behind; after the last one the result is."""
+        every = self.terms.preview_every
+        return every > 0 and step > self.told and step % every == 0 and not self.done
 
     def begin(self) -> Run:
         """Start the run, or go on where it was; called on the lane."""

@@ -115,8 +115,9 @@ def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:
     resume_from = read_message(request.resume_from, fingerprint) if given else None
     if request.priority not in _PRIORITIES:
         raise InvalidArgument("priority", request.priority, ", ".join(map(Priority.Name, _PRIORITIES)))
+    check_range("preview_every", request.preview_every, 0, MAX_STEPS)
     patience = PATIENCE[_PRIORITIES[request.priority]]
-    return Terms(patience, request.checkpoint_every, resume_from, request.alone)
+    return Terms(patience, request.checkpoint_every, resume_from, request.alone, request.preview_every)
 
 
 def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:

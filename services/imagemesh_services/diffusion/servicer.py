@@ -13,7 +13,7 @@ from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
-from imagemesh_runtime.tensors import Array, map_to_proto
+from imagemesh_runtime.tensors import Array, map_to_proto, to_proto
 from imagemesh_services.diffusion.backend import DiffusionModel
 from imagemesh_services.diffusion.checkpoint import request_digest, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
@@ -69,7 +69,8 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         if isinstance(event, Queued):
             return pb.SampleResponse(queued=pb.SampleQueued(position=event.position))
         if isinstance(event, Progress):
-            return pb.SampleResponse(progress=pb.SampleProgress(step=event.step, steps=steps))
+            preview = None if event.preview is None else to_proto(event.preview)
+            return pb.SampleResponse(progress=pb.SampleProgress(step=event.step, steps=steps, preview=preview))
         if isinstance(event, Frozen):
             return pb.SampleResponse(checkpoint=to_message(event.checkpoint, fingerprint))
         result = pb.SampleResult(

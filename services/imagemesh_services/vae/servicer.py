@@ -1,5 +1,6 @@
 """Requests to arrays and back."""
 
+import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
 from imagemesh_services.vae.backend import MemoryOptions, VaeModel
 from imagemesh_services.vae.config import VaeConfig
+from imagemesh_services.vae.preview import PreviewMap, fit
 
 Results = list[Array] | list[tuple[Array, Array]]
 
@@ -24,6 +26,8 @@ class VaeServicer(rpc.VaeServiceServicer):
     def __init__(self, config: VaeConfig, models: LoadedModels[VaeModel], metrics: Metrics) -> None:
         self._models = models
         self._metrics = metrics
+        self._previews: dict[str, PreviewMap] = {}
+        self._fitting = asyncio.Lock()
         self.batcher: Batcher[Array, Any] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
@@ -55,6 +59,17 @@ class VaeServicer(rpc.VaeServiceServicer):
             scaling_factor=model.scaling_factor,
             shift_factor=model.shift_factor,
             backend=self._models.backend.name,
+        )
+
+    async def FitPreview(self, request: pb.FitPreviewRequest, context: Any) -> pb.FitPreviewResponse:
+        model = await self._models.get(request.model)
+        async with self._fitting:
+            if request.model not in self._previews:
+                with self._metrics.stage.time("fit-preview"):
+                    self._previews[request.model] = await self._models.lane.run(fit, model)
+        found = self._previews[request.model]
+        return pb.FitPreviewResponse(
+            factors=to_proto(found.factors), bias=to_proto(found.bias), r_squared=found.r_squared
         )
 
     async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> list[Any]:

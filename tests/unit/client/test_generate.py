@@ -26,6 +26,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
             image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
+            preview_every=5,
         )  # fmt: skip
     controls = [
         pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5),
@@ -36,7 +37,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         height=72, scheduler="Euler a", num_images=2, clip_skip=1, controls=controls,
         image=image_pb2.Image(encoded=b"picture"), strength=0.5, mask=image_pb2.Image(encoded=b"mask"),
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
-        scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
+        scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5,
     )  # fmt: skip
     assert gateway.requests == [expected]
 

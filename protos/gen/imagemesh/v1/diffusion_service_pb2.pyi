@@ -104,6 +104,7 @@ class SampleRequest(_message.Message):
     SCHEDULER_OPTIONS_FIELD_NUMBER: _builtins.int
     VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
     VARIATION_SEEDS_FIELD_NUMBER: _builtins.int
+    PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -128,6 +129,8 @@ class SampleRequest(_message.Message):
     """How far the noise of each picture is turned towards that of another seed: 0 (not at all) to 1 (all the way), along the
     great circle (slerp), so that it stays noise.
     """
+    preview_every: _builtins.int
+    """Every how many steps a SampleProgress carries a preview; 0: never."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
@@ -180,10 +183,11 @@ class SampleRequest(_message.Message):
         scheduler_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         variation_strength: _builtins.float = ...,
         variation_seeds: _abc.Iterable[_builtins.int] | None = ...,
+        preview_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,18 +341,26 @@ class SampleProgress(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps done and asked for, as the user counts them (a step of Heun evaluates the model twice)."""
     steps: _builtins.int
+    @_builtins.property
+    def preview(self) -> _tensor_pb2.Tensor:
+        """Where one is due: what the model takes the finished latents to be, [pictures, channels, height / scale, width / scale],
+        scaled as the UNet has them. VaeService.FitPreview tells their colours.
+        """
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         steps: _builtins.int = ...,
+        preview: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["preview", b"preview", "step", b"step", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

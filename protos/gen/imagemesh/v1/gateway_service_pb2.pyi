@@ -70,6 +70,7 @@ class GenerateRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _builtins.int
     VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
     VARIATION_SEED_FIELD_NUMBER: _builtins.int
+    PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -103,6 +104,8 @@ class GenerateRequest(_message.Message):
     """Above 0, to 1: turn each picture's noise that far towards that of variation_seed + i, for a picture much like it."""
     variation_seed: _builtins.int
     """Absent: drawn."""
+    preview_every: _builtins.int
+    """Every how many steps a GenerateProgress carries previews; 0: never."""
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
     @_builtins.property
@@ -147,10 +150,11 @@ class GenerateRequest(_message.Message):
         seeds: _abc.Iterable[_builtins.int] | None = ...,
         variation_strength: _builtins.float = ...,
         variation_seed: _builtins.int | None = ...,
+        preview_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -269,17 +273,23 @@ class GenerateProgress(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     steps: _builtins.int
+    @_builtins.property
+    def previews(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Where previews are due: a small JPEG a picture, blurry and nearly right in colour."""
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         steps: _builtins.int = ...,
+        previews: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previews", b"previews", "step", b"step", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/vae_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"1\n\x10VaeMemoryOptions\x12\r\n\x05tiled\x18\x01 \x01(\x08\x12\x0e\n\x06sliced\x18\x02 \x01(\x08\"|\n\x14\x44\x65\x63odeLatentsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07latents\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.imagemesh.v1.VaeMemoryOptions\"N\n\x15\x44\x65\x63odeLatentsResponse\x12$\n\x06images\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\"z\n\x13\x45ncodeImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06images\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.imagemesh.v1.VaeMemoryOptions\"\xa5\x01\n\x14\x45ncodeImagesResponse\x12\"\n\x04mean\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0escaling_factor\x18\x03 \x01(\x01\x12\x14\n\x0cshift_factor\x18\x04 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t2\xbd\x01\n\nVaeService\x12X\n\rDecodeLatents\x12\".imagemesh.v1.DecodeLatentsRequest\x1a#.imagemesh.v1.DecodeLatentsResponse\x12U\n\x0c\x45ncodeImages\x12!.imagemesh.v1.EncodeImagesRequest\x1a\".imagemesh.v1.EncodeImagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/vae_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"1\n\x10VaeMemoryOptions\x12\r\n\x05tiled\x18\x01 \x01(\x08\x12\x0e\n\x06sliced\x18\x02 \x01(\x08\"|\n\x14\x44\x65\x63odeLatentsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07latents\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.imagemesh.v1.VaeMemoryOptions\"N\n\x15\x44\x65\x63odeLatentsResponse\x12$\n\x06images\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\"z\n\x13\x45ncodeImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06images\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12.\n\x06memory\x18\x03 \x01(\x0b\x32\x1e.imagemesh.v1.VaeMemoryOptions\"\xa5\x01\n\x14\x45ncodeImagesResponse\x12\"\n\x04mean\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12*\n\x0clog_variance\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0escaling_factor\x18\x03 \x01(\x01\x12\x14\n\x0cshift_factor\x18\x04 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"\"\n\x11\x46itPreviewRequest\x12\r\n\x05model\x18\x01 \x01(\t\"r\n\x12\x46itPreviewResponse\x12%\n\x07\x66\x61\x63tors\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\"\n\x04\x62ias\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x11\n\tr_squared\x18\x03 \x01(\x01\x32\x8e\x02\n\nVaeService\x12X\n\rDecodeLatents\x12\".imagemesh.v1.DecodeLatentsRequest\x1a#.imagemesh.v1.DecodeLatentsResponse\x12U\n\x0c\x45ncodeImages\x12!.imagemesh.v1.EncodeImagesRequest\x1a\".imagemesh.v1.EncodeImagesResponse\x12O\n\nFitPreview\x12\x1f.imagemesh.v1.FitPreviewRequest\x1a .imagemesh.v1.FitPreviewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEIMAGESREQUEST']._serialized_end=454
   _globals['_ENCODEIMAGESRESPONSE']._serialized_start=457
   _globals['_ENCODEIMAGESRESPONSE']._serialized_end=622
-  _globals['_VAESERVICE']._serialized_start=625
-  _globals['_VAESERVICE']._serialized_end=814
+  _globals['_FITPREVIEWREQUEST']._serialized_start=624
+  _globals['_FITPREVIEWREQUEST']._serialized_end=658
+  _globals['_FITPREVIEWRESPONSE']._serialized_start=660
+  _globals['_FITPREVIEWRESPONSE']._serialized_end=774
+  _globals['_VAESERVICE']._serialized_start=777
+  _globals['_VAESERVICE']._serialized_end=1047
 # @@protoc_insertion_point(module_scope)

@@ -161,3 +161,54 @@ class EncodeImagesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EncodeImagesResponse: _TypeAlias = EncodeImagesResponse  # noqa: Y015
+
+@_typing.final
+class FitPreviewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FitPreviewRequest: _TypeAlias = FitPreviewRequest  # noqa: Y015
+
+@_typing.final
+class FitPreviewResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTORS_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    R_SQUARED_FIELD_NUMBER: _builtins.int
+    r_squared: _builtins.float
+    """The share of the colours' variance that the map explains, at most 1, on the pictures it was fitted to."""
+    @_builtins.property
+    def factors(self) -> _tensor_pb2.Tensor:
+        """DTYPE_FP32, shape [channels, 3]: colour = latent . factors + bias, RGB in -1 to 1, one a latent."""
+
+    @_builtins.property
+    def bias(self) -> _tensor_pb2.Tensor:
+        """DTYPE_FP32, shape [3]."""
+
+    def __init__(
+        self,
+        *,
+        factors: _tensor_pb2.Tensor | None = ...,
+        bias: _tensor_pb2.Tensor | None = ...,
+        r_squared: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "factors", b"factors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "factors", b"factors", "r_squared", b"r_squared"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FitPreviewResponse: _TypeAlias = FitPreviewResponse  # noqa: Y015

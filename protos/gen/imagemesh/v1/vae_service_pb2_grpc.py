@@ -45,6 +45,11 @@ class VaeServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesResponse.FromString,
                 _registered_method=True)
+        self.FitPreview = channel.unary_unary(
+                '/imagemesh.v1.VaeService/FitPreview',
+                request_serializer=imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewResponse.FromString,
+                _registered_method=True)
 
 
 class VaeServiceServicer:
@@ -65,6 +70,13 @@ class VaeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FitPreview(self, request, context):
+        """How to see latents without decoding them: the linear map to colours that fits the model best, fitted when first asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VaeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_VaeServiceServicer_to_server(servicer, server):
                     servicer.EncodeImages,
                     request_deserializer=imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesResponse.SerializeToString,
+            ),
+            'FitPreview': grpc.unary_unary_rpc_method_handler(
+                    servicer.FitPreview,
+                    request_deserializer=imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class VaeService:
             '/imagemesh.v1.VaeService/EncodeImages',
             imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesRequest.SerializeToString,
             imagemesh_dot_v1_dot_vae__service__pb2.EncodeImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FitPreview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.VaeService/FitPreview',
+            imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewRequest.SerializeToString,
+            imagemesh_dot_v1_dot_vae__service__pb2.FitPreviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class VaeServiceStub:
     """Turns latents into pictures, one a row."""
     EncodeImages: _grpc.UnaryUnaryMultiCallable[_vae_service_pb2.EncodeImagesRequest, _vae_service_pb2.EncodeImagesResponse]
     """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
+    FitPreview: _grpc.UnaryUnaryMultiCallable[_vae_service_pb2.FitPreviewRequest, _vae_service_pb2.FitPreviewResponse]
+    """How to see latents without decoding them: the linear map to colours that fits the model best, fitted when first asked."""
 
 @_typing.type_check_only
 class VaeServiceAsyncStub(VaeServiceStub):
@@ -47,6 +49,8 @@ class VaeServiceAsyncStub(VaeServiceStub):
     """Turns latents into pictures, one a row."""
     EncodeImages: _aio.UnaryUnaryMultiCallable[_vae_service_pb2.EncodeImagesRequest, _vae_service_pb2.EncodeImagesResponse]  # type: ignore[assignment]
     """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
+    FitPreview: _aio.UnaryUnaryMultiCallable[_vae_service_pb2.FitPreviewRequest, _vae_service_pb2.FitPreviewResponse]  # type: ignore[assignment]
+    """How to see latents without decoding them: the linear map to colours that fits the model best, fitted when first asked."""
 
 class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Translates between pictures and latents."""
@@ -66,5 +70,13 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vae_service_pb2.EncodeImagesResponse, _abc.Awaitable[_vae_service_pb2.EncodeImagesResponse]]:
         """Turns pictures into the posterior of their latents, not into a sample of it: randomness has one owner, the sampler."""
+
+    @_abc_1.abstractmethod
+    def FitPreview(
+        self,
+        request: _vae_service_pb2.FitPreviewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vae_service_pb2.FitPreviewResponse, _abc.Awaitable[_vae_service_pb2.FitPreviewResponse]]:
+        """How to see latents without decoding them: the linear map to colours that fits the model best, fitted when first asked."""
 
 def add_VaeServiceServicer_to_server(servicer: VaeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -78,6 +78,9 @@ class FakeRun:
     def latents(self) -> Array:
         return self._latents.astype(np.float32)
 
+    def preview(self) -> Array:
+        return np.broadcast_to(self._target, self._latents.shape).astype(np.float32)
+
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self._done, tensors={"latents": self._latents.copy()})
 

@@ -26,6 +26,7 @@ from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
+from imagemesh_services.diffusion.backends.torch.preview import clean_latents
 from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
 from imagemesh_services.diffusion.backends.torch.start import LatentScale, Variation, from_image, from_noise
@@ -120,6 +121,12 @@ class TorchRun:
         if not torch.isfinite(self._state.latents).all():
             raise NotFinite(self._components.name, "latents")
         return to_numpy(self._state.latents)
+
+    def preview(self) -> Array:
+        state = self._state
+        timestep = float(state.timesteps[self._done - 1])
+        clean = clean_latents(self._components.scheduler, state.scaled_latents, state.noise_pred, timestep)
+        return to_numpy(clean if clean is not None else state.latents)
 
     def checkpoint(self) -> Checkpoint:
         packer = Packer({"latents": to_numpy(self._state.latents)})
