@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from imagemesh_cli.console import complain, print_json, print_table, progress_bar
-from imagemesh_client import Client, Control, Generation
+from imagemesh_client import Client, Control, Generation, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
 
@@ -36,6 +36,8 @@ def generate(args: Namespace) -> int:
             invert_mask=args.invert_mask,
             mask_blur=args.mask_blur,
             keep_unmasked=args.keep_unmasked,
+            mask_padding=args.mask_padding,
+            hires=_hires(args),
             priority=args.priority,
             variation_strength=args.variation_strength,
             variation_seed=args.variation_seed,
@@ -61,6 +63,17 @@ def _controls(args: Namespace) -> list[Control]:
             )
     rows = zip_longest(args.control, args.control_model, args.control_scale)
     return [Control(file, model or "", 1.0 if scale is None else scale) for file, model, scale in rows]
+
+
+def _hires(args: Namespace) -> Hires | None:
+    if args.hires is None:
+        for name in ("upscaler", "steps", "strength"):
+            if given := getattr(args, f"hires_{name}"):
+                raise InvalidArgument(f"--hires-{name}", given, "given beside --hires")
+        return None
+    size = args.hires if isinstance(args.hires, tuple) else (0, 0)
+    scale = 0.0 if isinstance(args.hires, tuple) else args.hires
+    return Hires(scale, size, args.hires_upscaler, args.hires_steps, args.hires_strength)
 
 
 def _paths(output: Path, count: int) -> list[Path]:

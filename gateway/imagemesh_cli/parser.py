@@ -96,11 +96,20 @@ def _generate(parser: ArgumentParser) -> None:
     add("--invert-mask", action="store_true", help="redraw where it is dark")
     add("--mask-blur", type=int, default=0, metavar="PIXELS", help="soften the mask's edge")
     add("--keep-unmasked", action="store_true", help="lay the original over the rest")
+    add("--mask-padding", type=int, metavar="PIXELS", help="redraw only the masked part and so much around it")
+    add("--hires", type=_scale_or_size, metavar="X|WxH", help="enlarge it in a second pass: X times, or to that size")
+    add("--hires-upscaler", default="", metavar="NAME", help='"Latent" (default), "Lanczos"...')
+    add("--hires-steps", type=int, metavar="N", help="default: as --steps")
+    add("--hires-strength", type=float, metavar="X", help="how much is made anew (default: 0.7)")
     add("--control", type=_file, action="append", default=[], metavar="FILE", help="picture to follow; repeatable")
     add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for the control")
     add("--control-scale", type=float, action="append", default=[], metavar="X", help="its weight (default: 1)")
     add("--priority", choices=["interactive", "normal", "batch"], help="who goes first (default: normal)")
     _client(parser)
+
+
+def _scale_or_size(text: str) -> float | tuple[int, int]:
+    return _size(text) if "x" in text.lower() else float(text)
 
 
 def _classify(parser: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict, Unpack
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import priority_pb2, vit_service_pb2
 from imagemesh_client.images import ImageInput, as_list, image_to_proto
-from imagemesh_client.types import Control
+from imagemesh_client.types import Control, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
@@ -38,6 +38,8 @@ class SourceOptions(TypedDict, total=False):
     mask_blur: int
     # Lay the original over the rest, which has else been through the VAE.
     keep_unmasked: bool
+    # Crop to the masked part and this many pixels around it, redraw that at the generation's size, and lay it back.
+    mask_padding: int | None
 
 
 class NoiseOptions(TypedDict, total=False):
@@ -84,6 +86,8 @@ class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
     # Layers of the text encoder to leave out, from the last.
     clip_skip: int
     controls: Iterable[Control]
+    # Make it larger in a second pass.
+    hires: Hires | None
 
 
 class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
@@ -103,6 +107,7 @@ def generate_request(
     scheduler_options: Mapping[str, bool | float | str] = MappingProxyType({}),
     clip_skip: int = 0,
     controls: Iterable[Control] = (),
+    hires: Hires | None = None,
     **more: Unpack[MoreOptions],
 ) -> pb.GenerateRequest:
     """The request for ``GenerateOptions``; reads the files of pictures.
@@ -124,9 +129,22 @@ def generate_request(
         scheduler_options={_text("scheduler_options", name): json.dumps(v) for name, v in scheduler_options.items()},
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
+        hires=None if hires is None else _hires(hires),
         **_noise(more),
         **_source(more),
         **_course(more),
+    )
+
+
+def _hires(hires: Hires) -> pb.GenerateHires:
+    return pb.GenerateHires(
+        scale=_number("hires.scale", hires.scale),
+        width=_whole("hires.size[0]", hires.size[0], UINT32),
+        height=_whole("hires.size[1]", hires.size[1], UINT32),
+        upscaler=_text("hires.upscaler", hires.upscaler),
+        steps=None if hires.steps is None else _whole("hires.steps", hires.steps, UINT32),
+        strength=None if hires.strength is None else _number("hires.strength", hires.strength),
+        scheduler=_text("hires.scheduler", hires.scheduler),
     )
 
 
@@ -162,6 +180,7 @@ def _noise(options: MoreOptions) -> dict[str, Any]:
 
 def _source(options: MoreOptions) -> dict[str, Any]:
     """The fields of ``SourceOptions``."""
+    padding = options.get("mask_padding")
     image, strength, mask = options.get("image"), options.get("strength"), options.get("mask")
     return {
         "image": None if image is None else image_to_proto(image, "image"),
@@ -170,6 +189,7 @@ def _source(options: MoreOptions) -> dict[str, Any]:
         "invert_mask": bool(options.get("invert_mask", False)),
         "mask_blur": _whole("mask_blur", options.get("mask_blur", 0), UINT32),
         "keep_unmasked": bool(options.get("keep_unmasked", False)),
+        "mask_padding": None if padding is None else _whole("mask_padding", padding, UINT32),
     }
 
 

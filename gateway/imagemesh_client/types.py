@@ -27,6 +27,28 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Hires:
+    """A second pass: the picture of the first is enlarged, and made anew in part.
+
+    Attributes:
+        scale: how many times as wide and high; 0 where ``size`` is given.
+        size: width and height in pixels instead.
+        upscaler: "Latent", "Latent (nearest)", "Latent (nearest-exact)", "Latent (bicubic)", "Lanczos", "Bicubic",
+            "Bilinear" or "Nearest"; empty: "Latent".
+        steps: None: as in the first pass.
+        strength: how much of it is made anew, above 0 to 1. None: 0.7.
+        scheduler: empty: as in the first pass.
+    """
+
+    scale: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    upscaler: str = ""
+    steps: int | None = None
+    strength: float | None = None
+    scheduler: str = ""
+
+
+@dataclass(frozen=True)
 class GeneratedImage:
     """A PNG file whose "parameters" text chunk holds what made it."""
 

@@ -3,52 +3,24 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from imagemesh.v1 import diffusion_service_pb2, tensor_pb2, text_encoder_service_pb2, vae_service_pb2
+from imagemesh.v1 import diffusion_service_pb2, text_encoder_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.pictures import Sources, control_picture, describe, encode_png, lay_over, sources
+from imagemesh_gateway.passes import Start, Tensors, Turn, decode_latents, first_start, second_start, turns
+from imagemesh_gateway.pictures import control_picture, describe, encode_png
 from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import Plan
 from imagemesh_gateway.previews import Previews
-from imagemesh_runtime.client import Hop
+from imagemesh_gateway.sources import lay_over
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.tensors import Array, from_proto, to_proto
+from imagemesh_runtime.tensors import Array, to_proto
 
 SampleResult = diffusion_service_pb2.SampleResult
-Tensors = dict[str, tensor_pb2.Tensor]
-
-
-@dataclass
-class Ledger:
-    """What ran each stage, and what each hop cost."""
-
-    metrics: Metrics
-    hops: dict[str, Hop] = field(default_factory=dict)
-    backends: dict[str, str] = field(default_factory=dict)
-
-    def hop(self, stage: str) -> Hop:
-        """A new entry."""
-        self.hops[stage] = Hop()
-        return self.hops[stage]
-
-    def timings(self) -> list[pb.StageTiming]:
-        """The entries, in the order of the stages."""
-        return [
-            pb.StageTiming(
-                stage=stage,
-                seconds=hop.seconds,
-                compute_seconds=hop.compute_seconds,
-                queue_seconds=hop.queue_seconds,
-                bytes_sent=hop.bytes_sent,
-                bytes_received=hop.bytes_received,
-            )
-            for stage, hop in self.hops.items()
-        ]
 
 
 async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -59,19 +31,22 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
     """
     ledger = Ledger(metrics)
     conditioning = await _encode_text(mesh, plan, ledger)
-    source = await _prepare_source(plan, metrics)
-    inputs = await _encode_image(mesh, plan, source, ledger)
-    controls = await _prepare_controls(plan, metrics)
+    source, start = await first_start(mesh, plan, ledger)
     sampled: SampleResult | None = None
-    async with aclosing(_denoise(mesh, plan, conditioning, inputs, controls, ledger)) as events:
-        async for event in events:
-            if isinstance(event, pb.GenerateResponse):
-                yield event
-            else:
-                sampled = event
-    if sampled is None:
-        raise Unavailable("diffusion", "the stream ended without a result")
-    images = await _decode(mesh, plan, sampled, ledger)
+    for turn in turns(plan):
+        if sampled is not None:
+            start = await second_start(mesh, turn, sampled.outputs["latents"], ledger)
+        sampled = None
+        async with aclosing(_denoise(mesh, turn, conditioning, start, ledger)) as events:
+            async for event in events:
+                if isinstance(event, pb.GenerateResponse):
+                    yield event
+                else:
+                    sampled = event
+        if sampled is None:
+            raise Unavailable("diffusion", "the stream ended without a result")
+    assert sampled is not None
+    images = await decode_latents(mesh, plan, sampled.outputs["latents"], ledger)
     if source is not None:
         images = np.stack([await asyncio.to_thread(lay_over, image, source) for image in images])
     yield pb.GenerateResponse(result=await _pack(plan, sampled, images, ledger))
@@ -87,26 +62,6 @@ async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger) -> Tensors:
     return dict(answer.conditioning)
 
 
-async def _prepare_source(plan: Plan, metrics: Metrics) -> Sources | None:
-    if plan.image is None:
-        return None
-    with metrics.stage.time("source-pictures"):
-        return await asyncio.to_thread(sources, plan, plan.image)
-
-
-async def _encode_image(mesh: Mesh, plan: Plan, source: Sources | None, ledger: Ledger) -> Tensors:
-    if source is None:
-        return {}
-    request = vae_service_pb2.EncodeImagesRequest(model=plan.model, images=to_proto(source.image[None]))
-    with ledger.metrics.stage.time("vae-encode"):
-        answer = await mesh.vae.unary(mesh.decode.EncodeImages, request, ledger.hop("vae-encode"))
-    ledger.backends["vae-encode"] = answer.backend
-    inputs = {"image_mean": answer.mean, "image_log_variance": answer.log_variance}
-    if source.mask is not None:
-        inputs["mask"] = to_proto(source.mask[None, None])
-    return inputs
-
-
 async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_service_pb2.ControlUnit]:
     if not plan.controls:
         return []
@@ -119,7 +74,7 @@ async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_serv
 
 
 def _sample_request(
-    plan: Plan, conditioning: Tensors, inputs: Tensors, controls: list[diffusion_service_pb2.ControlUnit]
+    plan: Plan, conditioning: Tensors, start: Start, controls: list[diffusion_service_pb2.ControlUnit]
 ) -> diffusion_service_pb2.SampleRequest:
     return diffusion_service_pb2.SampleRequest(
         model=plan.model,
@@ -131,8 +86,9 @@ def _sample_request(
         scheduler=plan.scheduler,
         seeds=plan.seeds,
         controls=controls,
-        inputs=inputs,
-        strength=plan.image.strength if plan.image else 0,
+        inputs=start.inputs,
+        strength=start.strength,
+        latent_resize=start.latent_resize,
         priority=plan.priority,
         variation_seeds=plan.variation_seeds,
         variation_strength=plan.variation_strength,
@@ -142,25 +98,24 @@ def _sample_request(
 
 
 async def _denoise(
-    mesh: Mesh,
-    plan: Plan,
-    conditioning: Tensors,
-    inputs: Tensors,
-    controls: list[diffusion_service_pb2.ControlUnit],
-    ledger: Ledger,
+    mesh: Mesh, turn: Turn, conditioning: Tensors, start: Start, ledger: Ledger
 ) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
-    request = _sample_request(plan, conditioning, inputs, controls)
+    plan = turn.plan
+    controls = await _prepare_controls(plan, ledger.metrics)
+    request = _sample_request(plan, conditioning, start, controls)
     previews = await Previews.of(mesh, plan.model) if plan.preview_every else None
     with ledger.metrics.stage.time("diffusion"):
-        stream = sample(mesh.diffusion, request, ledger.hop("diffusion"), ledger.metrics, mesh.checkpoint_every)
+        stream = sample(
+            mesh.diffusion, request, ledger.hop(f"diffusion{turn.suffix}"), ledger.metrics, mesh.checkpoint_every
+        )
         async with aclosing(stream) as responses:
             async for response in responses:
                 kind = response.WhichOneof("event")
-                if kind == "queued":
+                if kind == "queued" and not turn.before:
                     yield pb.GenerateResponse(queued=pb.GenerateQueued(id=plan.id, position=response.queued.position))
                 elif kind == "progress":
-                    yield pb.GenerateResponse(progress=await _progress(plan, response.progress, previews))
-                else:
+                    yield pb.GenerateResponse(progress=await _progress(turn, response.progress, previews))
+                elif kind == "result":
                     ledger.backends["diffusion"] = response.result.backend
                     for i, backend in enumerate(response.result.control_backends):
                         ledger.backends[f"controlnet[{i}]"] = backend
@@ -168,20 +123,12 @@ async def _denoise(
 
 
 async def _progress(
-    plan: Plan, told: diffusion_service_pb2.SampleProgress, previews: Previews | None
+    turn: Turn, told: diffusion_service_pb2.SampleProgress, previews: Previews | None
 ) -> pb.GenerateProgress:
     shown: list[bytes] = []
     if previews is not None and told.HasField("preview"):
-        shown = await asyncio.to_thread(previews.jpegs, told.preview, plan.width, plan.height)
-    return pb.GenerateProgress(step=told.step, steps=told.steps, previews=shown)
-
-
-async def _decode(mesh: Mesh, plan: Plan, sampled: SampleResult, ledger: Ledger) -> Array:
-    request = vae_service_pb2.DecodeLatentsRequest(model=plan.model, latents=sampled.outputs["latents"])
-    with ledger.metrics.stage.time("vae"):
-        answer = await mesh.vae.unary(mesh.decode.DecodeLatents, request, ledger.hop("vae"))
-    ledger.backends["vae"] = answer.backend
-    return from_proto(answer.images, "images", dtypes=["uint8"], shape=(len(plan.seeds), None, None, 3))
+        shown = await asyncio.to_thread(previews.jpegs, told.preview, turn.plan.width, turn.plan.height)
+    return pb.GenerateProgress(step=turn.before + told.step, steps=turn.total, previews=shown)
 
 
 async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger) -> pb.GenerateResult:
@@ -194,8 +141,8 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         model=plan.model,
-        width=plan.width,
-        height=plan.height,
+        width=images.shape[2],
+        height=images.shape[1],
         steps=plan.steps,
         guidance_scale=plan.guidance_scale,
         scheduler=plan.scheduler or sampled.scheduler,

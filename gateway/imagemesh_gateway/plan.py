@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2
+from imagemesh.v1 import priority_pb2
 from imagemesh_gateway.mesh import Mesh, ModelInfo
+from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
     MAX_CONTROLS,
     MAX_GUIDANCE,
     MAX_IMAGES,
-    MAX_MASK_BLUR,
     MAX_SEED,
     MAX_STEPS,
     check_pixels,
@@ -25,8 +25,6 @@ from imagemesh_runtime.limits import (
 # For models that don't say what suits them.
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 7.5
-# diffusers' own, as is 1 with a mask.
-DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,6 @@ class ControlPlan:
     model: str
     request: pb.GenerateControl
     scale: float
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """A picture to start from (not decoded yet), and what of it is redrawn."""
-
-    image: image_pb2.Image
-    strength: float
-    # None: all of it.
-    mask: image_pb2.Image | None
-    invert_mask: bool
-    mask_blur: int
-    keep_unmasked: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,9 @@ class Plan:
     priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
     # Steps between two previews; 0: none.
     preview_every: int = 0
+    hires: HiresPlan | None = None
+    # Whether the model is made for inpainting, and so sees the picture without what is redrawn.
+    inpaints: bool = False
 
     @property
     def guided(self) -> bool:
@@ -92,13 +80,8 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     check_prompt("prompt", request.prompt)
     check_prompt("negative_prompt", request.negative_prompt)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
-    default_steps = int(model.properties.get("steps", DEFAULT_STEPS))
-    default_guidance = float(model.properties.get("guidance_scale", DEFAULT_GUIDANCE))
     check_range("preview_every", request.preview_every, 0, MAX_STEPS)
-    steps = request.steps if request.HasField("steps") else default_steps
-    check_range("steps", steps, 1, MAX_STEPS)
-    guidance = request.guidance_scale if request.HasField("guidance_scale") else default_guidance
-    check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
+    steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
     seeds = _seeds(request)
     check_pixels("seeds" if request.seeds else "num_images", len(seeds), width, height)
@@ -115,42 +98,32 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         clip_skip=request.clip_skip,
         seeds=seeds,
         controls=await _controls(request, mesh),
-        image=_image(request, steps),
+        image=image_plan(request, steps, model),
         variation_seeds=_variation_seeds(request, len(seeds)),
         variation_strength=request.variation_strength,
         scheduler_options=dict(request.scheduler_options),
         priority=_priority(request),
         preview_every=request.preview_every,
+        hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),
+        inpaints=model.properties.get("needs") == "mask",
     )
+
+
+def _steps_and_guidance(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, float]:
+    """As asked, or else as suits the model."""
+    default_steps = int(model.properties.get("steps", DEFAULT_STEPS))
+    default_guidance = float(model.properties.get("guidance_scale", DEFAULT_GUIDANCE))
+    steps = request.steps if request.HasField("steps") else default_steps
+    check_range("steps", steps, 1, MAX_STEPS)
+    guidance = request.guidance_scale if request.HasField("guidance_scale") else default_guidance
+    check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
+    return steps, guidance
 
 
 def _priority(request: pb.GenerateRequest) -> "priority_pb2.Priority.ValueType":
     if request.priority not in priority_pb2.Priority.values():
         raise InvalidArgument("priority", request.priority, ", ".join(priority_pb2.Priority.keys()))
     return request.priority
-
-
-def _image(request: pb.GenerateRequest, steps: int) -> ImagePlan | None:
-    if not request.HasField("image"):
-        for name, given in (("mask", request.HasField("mask")), ("strength", request.HasField("strength"))):
-            if given:
-                raise InvalidArgument("image", None, f"a picture, since {name} is given")
-        return None
-    masked = request.HasField("mask")
-    strength = request.strength if request.HasField("strength") else (1.0 if masked else DEFAULT_STRENGTH)
-    if not 0 < strength <= 1:
-        raise InvalidArgument("strength", strength, "above 0, and at most 1")
-    if int(steps * strength) < 1:
-        raise InvalidArgument("strength", strength, f"at least {1 / steps:g}, so that one of {steps} steps is done")
-    check_range("mask_blur", request.mask_blur, 0, MAX_MASK_BLUR)
-    return ImagePlan(
-        image=request.image,
-        strength=strength,
-        mask=request.mask if masked else None,
-        invert_mask=request.invert_mask,
-        mask_blur=request.mask_blur,
-        keep_unmasked=request.keep_unmasked,
-    )
 
 
 def _size(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, int]:

@@ -117,7 +117,7 @@ async def test_residuals_that_are_not_finite_are_not_used(controlnet: tuple[Reco
     ("change", "said"),
     [
         ({"side": 32}, "controls[0].image.shape must be [64, 64, 3], got [32, 64, 3]"),
-        ({"inputs": "mask"}, "inputs must be a map with image_mean and image_log_variance too, got ['mask']"),
+        ({"inputs": "noise"}, "inputs must be a map of image_mean, image_log_variance, image_latents, mask, "),
         ({"conditioning": "pooled"}, "conditioning must be a map of prompt_embeds and negative_prompt_embeds alone"),
         ({"tokens": 0}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 0"),
         ({"tokens": 5000}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 5000"),
@@ -126,7 +126,7 @@ async def test_residuals_that_are_not_finite_are_not_used(controlnet: tuple[Reco
 async def test_what_the_sampler_cannot_use_is_refused_by_name(sampler: Any, change: dict[str, Any], said: str) -> None:
     asked = request(side=change.get("side", 64))
     if "inputs" in change:
-        asked.inputs["mask"].CopyFrom(to_proto(np.zeros(1, np.float32)))
+        asked.inputs[change["inputs"]].CopyFrom(to_proto(np.zeros(1, np.float32)))
     if "conditioning" in change:
         asked.conditioning["pooled"].CopyFrom(to_proto(np.zeros(1, np.float32)))
     if "tokens" in change:

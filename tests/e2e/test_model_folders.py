@@ -21,7 +21,7 @@ def change(path: Path, **values: object) -> None:
 SPOILED: dict[str, Callable[[Path], object]] = {
     "without its parts": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
     "an SDXL UNet": lambda folder: change(folder / "unet" / "config.json", addition_embed_type="text_time"),
-    "an inpainting UNet": lambda folder: change(folder / "unet" / "config.json", in_channels=9),
+    "a UNet that edits pictures": lambda folder: change(folder / "unet" / "config.json", in_channels=8),
     "a consistency UNet": lambda folder: change(folder / "unet" / "config.json", time_cond_proj_dim=256),
     "a sample size of three": lambda folder: change(folder / "unet" / "config.json", sample_size=[8, 8, 8]),
     "a config that is none": lambda folder: (folder / "unet" / "config.json").write_text("{"),

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -52,6 +59,16 @@ def build_stable_diffusion(path: Path) -> None:
     pipeline.save_pretrained(path)
     # transformers saves its own format of late; the folders that people have hold these files.
     (path / "tokenizer" / "tokenizer.json").unlink()
+    _tokenizer(path / "tokenizer")
+
+
+def build_inpainting(path: Path, pipeline_path: Path) -> None:
+    """The same pipeline with a UNet of 9 channels, as Stable Diffusion's inpainting models have."""
+    with _seeded(5):
+        unet = _unet(in_channels=9)
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(pipeline_path, unet=unet, safety_checker=None)
+    pipeline.save_pretrained(path)
+    (path / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     _tokenizer(path / "tokenizer")
 
 
@@ -145,8 +162,9 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return model
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(in_channels: int = 4) -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
+        in_channels=in_channels,
         sample_size=8,
         block_out_channels=(32, 64),
         layers_per_block=1,

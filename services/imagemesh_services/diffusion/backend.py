@@ -11,15 +11,27 @@ from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 
 @dataclass(frozen=True)
-class ImageInputs:
-    """A picture to start from: its latents' distribution, float [1, channels, h, w], as the VAE has it (not scaled)."""
+class Moments:
+    """The distribution of pictures' latents, float [1 or pictures, channels, h, w], as the VAE has it (not scaled)."""
 
     mean: Array
     log_variance: Array
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Pictures to start from, one for all or one each."""
+
+    # Scaled latents instead, float [pictures, channels, h', w'] of any size.
+    source: Moments | Array
     # Above 0 to 1: how much of the schedule is run.
     strength: float
     # uint8 [1, 1, height, width] of the picture's size, 1 where it is redrawn; None: everywhere.
     mask: Array | None = None
+    # The picture without what the mask covers, for models made for inpainting.
+    masked: Moments | None = None
+    # How latents of another size are brought to the generation's, as torch's ``interpolate`` calls it.
+    latent_resize: str = "bilinear"
 
 
 @dataclass(frozen=True)

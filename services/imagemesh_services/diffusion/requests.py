@@ -10,6 +10,7 @@ from imagemesh_runtime.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_SEED,
+    MAX_SIDE,
     MAX_STEPS,
     MAX_TOKENS,
     check_pixels,
@@ -17,14 +18,18 @@ from imagemesh_runtime.limits import (
     check_size,
 )
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
-from imagemesh_services.diffusion.backend import ImageInputs, SampleInputs
+from imagemesh_services.diffusion.backend import ImageInputs, Moments, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
 from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
-# A picture's latents, as the VAE answers.
+# A picture's latents, as the VAE answers, and the same of the picture without what is redrawn.
 _MOMENTS = ("image_mean", "image_log_variance")
+_MASKED = ("masked_image_mean", "masked_image_log_variance")
+_INPUTS = (*_MOMENTS, "image_latents", "mask", *_MASKED)
+# As torch's ``interpolate`` calls them.
+LATENT_RESIZES = ("bilinear", "nearest", "nearest-exact", "bicubic")
 
 _PRIORITIES = {
     priority_pb2.PRIORITY_UNSPECIFIED: "normal",
@@ -77,31 +82,56 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
 
 
 def _image(request: pb.SampleRequest) -> ImageInputs | None:
-    unknown = sorted(set(request.inputs) - {*_MOMENTS, "mask"})
+    unknown = sorted(set(request.inputs) - set(_INPUTS))
     if unknown:
-        raise InvalidArgument("inputs", unknown, f"a map of {', '.join(_MOMENTS)} and mask alone")
+        raise InvalidArgument("inputs", unknown, f"a map of {', '.join(_INPUTS)} alone")
     if not request.inputs:
         return None
-    missing = [name for name in _MOMENTS if name not in request.inputs]
-    if missing:
-        raise InvalidArgument("inputs", sorted(request.inputs), f"a map with {' and '.join(missing)} too")
     if not 0 < request.strength <= 1:
         raise InvalidArgument("strength", request.strength, "above 0, and at most 1")
     if int(request.steps * request.strength) < 1:
         allowed = f"at least {1 / request.steps:g}, so that one of {request.steps} steps is done"
         raise InvalidArgument("strength", request.strength, allowed)
-    mean, log_variance = (_moment(request, name) for name in _MOMENTS)
     mask = None
     if "mask" in request.inputs:
         shape = (1, 1, request.height, request.width)
         mask = from_proto(request.inputs["mask"], "inputs['mask']", dtypes=["uint8"], shape=shape)
         check_range("the largest value of inputs['mask']", int(mask.max()), 0, 1)
-    return ImageInputs(mean, log_variance, request.strength, mask)
+    masked = _moments(request, _MASKED, rows=1) if set(_MASKED) & set(request.inputs) else None
+    resize = request.latent_resize or LATENT_RESIZES[0]
+    if resize not in LATENT_RESIZES:
+        raise InvalidArgument("latent_resize", resize, ", ".join(LATENT_RESIZES))
+    return ImageInputs(_source(request), request.strength, mask, masked, resize)
 
 
-def _moment(request: pb.SampleRequest, name: str) -> Array:
+def _source(request: pb.SampleRequest) -> Moments | Array:
+    """Latents as they are, or the distribution to draw them from."""
+    if "image_latents" not in request.inputs:
+        return _moments(request, _MOMENTS)
+    both = [name for name in _MOMENTS if name in request.inputs]
+    if both:
+        raise InvalidArgument("inputs", both, "absent where image_latents are given")
+    return _latents(request, "image_latents", len(request.seeds))
+
+
+def _moments(request: pb.SampleRequest, names: tuple[str, str], rows: int | None = None) -> Moments:
+    missing = [name for name in names if name not in request.inputs]
+    if missing:
+        raise InvalidArgument("inputs", sorted(request.inputs), f"a map with {' and '.join(missing)} too")
+    mean, log_variance = (_latents(request, name, rows) for name in names)
+    if mean.shape != log_variance.shape:
+        raise InvalidArgument(f"inputs[{names[1]!r}].shape", list(log_variance.shape), str(list(mean.shape)))
+    if len(mean) not in (1, len(request.seeds)):
+        raise InvalidArgument(f"inputs[{names[0]!r}].shape[0]", len(mean), f"1 or {len(request.seeds)}, as seeds")
+    return Moments(mean, log_variance)
+
+
+def _latents(request: pb.SampleRequest, name: str, rows: int | None) -> Array:
     field = f"inputs[{name!r}]"
-    return require_finite(from_proto(request.inputs[name], field, dtypes=FLOATS, shape=(1, None, None, None)), field)
+    found = from_proto(request.inputs[name], field, dtypes=FLOATS, shape=(rows, None, None, None))
+    for axis in range(1, 4):
+        check_range(f"{field}.shape[{axis}]", found.shape[axis], 1, MAX_SIDE)
+    return require_finite(found, field)
 
 
 def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:

@@ -32,7 +32,10 @@ class VaeModel(Protocol):
         """
 
     def encode(self, images: Array, memory: MemoryOptions) -> tuple[Array, Array]:
-        """uint8 pictures [n, height, width, 3] to the posterior's mean and log-variance, float32, not scaled."""
+        """Pictures [n, height, width, 3] to the posterior's mean and log-variance, float32, not scaled.
+
+        The pictures are uint8, or float32 in -1 to 1.
+        """
 
 
 _ROOM = "imagemesh_services.vae.backends"

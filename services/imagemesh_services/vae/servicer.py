@@ -46,7 +46,10 @@ class VaeServicer(rpc.VaeServiceServicer):
 
     async def EncodeImages(self, request: pb.EncodeImagesRequest, context: Any) -> pb.EncodeImagesResponse:
         model = await self._models.get(request.model)
-        images = from_proto(request.images, "images", dtypes=["uint8"], shape=(None, None, None, 3))
+        images = from_proto(request.images, "images", dtypes=["uint8", "float32"], shape=(None, None, None, 3))
+        if images.dtype != np.uint8 and images.size:
+            require_finite(images, "images")
+            check_range("the largest magnitude in images", float(np.abs(images).max()), 0, 1)
         check_range("images.shape[0]", images.shape[0], 1, MAX_IMAGES)
         for axis in (1, 2):
             check_size(f"images.shape[{axis}]", images.shape[axis], model.scale_factor)

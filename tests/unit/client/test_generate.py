@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
-from imagemesh_client import AsyncClient, Client, Control, InvalidArgument, Progress, Queued, Result, Timing
+from imagemesh_client import AsyncClient, Client, Control, Hires, InvalidArgument, Progress, Queued, Result, Timing
 from imagemesh_runtime.errors import Unavailable
 from tests.support.recording_gateway import RecordingGateway, png
 
@@ -26,7 +26,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
             image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
-            preview_every=5,
+            preview_every=5, mask_padding=0, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
         pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5),
@@ -37,7 +37,8 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         height=72, scheduler="Euler a", num_images=2, clip_skip=1, controls=controls,
         image=image_pb2.Image(encoded=b"picture"), strength=0.5, mask=image_pb2.Image(encoded=b"mask"),
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
-        scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5,
+        scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5, mask_padding=0,
+        hires=pb.GenerateHires(scale=2, width=3, height=4, upscaler="Lanczos", steps=5, strength=0.5, scheduler="DDIM"),
     )  # fmt: skip
     assert gateway.requests == [expected]
 

@@ -26,7 +26,7 @@ from imagemesh.v1 import priority_pb2 as imagemesh_dot_v1_dot_priority__pb2
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\"\xae\x06\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x12(\n\x08priority\x18\x17 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12L\n\x11scheduler_options\x18\x18 \x03(\x0b\x32\x31.imagemesh.v1.SampleRequest.SchedulerOptionsEntry\x12\x1a\n\x12variation_strength\x18\x19 \x01(\x01\x12\x17\n\x0fvariation_seeds\x18\x1a \x03(\x04\x12\x15\n\rpreview_every\x18\x1b \x01(\r\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"P\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xdd\x01\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"T\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12%\n\x07preview\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x87\x02\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x12\x39\n\x07\x61\x63\x63\x65pts\x18\x04 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xb6\x01\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\"\xc5\x06\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x12(\n\x08priority\x18\x17 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12L\n\x11scheduler_options\x18\x18 \x03(\x0b\x32\x31.imagemesh.v1.SampleRequest.SchedulerOptionsEntry\x12\x1a\n\x12variation_strength\x18\x19 \x01(\x01\x12\x17\n\x0fvariation_seeds\x18\x1a \x03(\x04\x12\x15\n\rpreview_every\x18\x1b \x01(\r\x12\x15\n\rlatent_resize\x18\x1c \x01(\t\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"P\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xdd\x01\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"T\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12%\n\x07preview\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x87\x02\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x12\x39\n\x07\x61\x63\x63\x65pts\x18\x04 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xb6\x01\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,39 +48,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCHEDULERINFO_ACCEPTSENTRY']._loaded_options = None
   _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLEREQUEST']._serialized_start=111
-  _globals['_SAMPLEREQUEST']._serialized_end=925
-  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_start=726
-  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_end=799
-  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_start=801
-  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_end=868
-  _globals['_SAMPLEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_start=870
-  _globals['_SAMPLEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_end=925
-  _globals['_SAMPLECHECKPOINT']._serialized_start=928
-  _globals['_SAMPLECHECKPOINT']._serialized_end=1134
-  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_start=1066
-  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_end=1134
-  _globals['_CONTROLUNIT']._serialized_start=1136
-  _globals['_CONTROLUNIT']._serialized_end=1216
-  _globals['_SAMPLERESPONSE']._serialized_start=1219
-  _globals['_SAMPLERESPONSE']._serialized_end=1440
-  _globals['_SAMPLEQUEUED']._serialized_start=1442
-  _globals['_SAMPLEQUEUED']._serialized_end=1474
-  _globals['_SAMPLEPROGRESS']._serialized_start=1476
-  _globals['_SAMPLEPROGRESS']._serialized_end=1560
-  _globals['_SAMPLERESULT']._serialized_start=1563
-  _globals['_SAMPLERESULT']._serialized_end=1788
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=1720
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=1788
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=1790
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=1813
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=1815
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=1888
-  _globals['_SCHEDULERINFO']._serialized_start=1891
-  _globals['_SCHEDULERINFO']._serialized_end=2154
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=2060
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=2106
-  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_start=2108
-  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_end=2154
-  _globals['_DIFFUSIONSERVICE']._serialized_start=2157
-  _globals['_DIFFUSIONSERVICE']._serialized_end=2339
+  _globals['_SAMPLEREQUEST']._serialized_end=948
+  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_start=749
+  _globals['_SAMPLEREQUEST_CONDITIONINGENTRY']._serialized_end=822
+  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_start=824
+  _globals['_SAMPLEREQUEST_INPUTSENTRY']._serialized_end=891
+  _globals['_SAMPLEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_start=893
+  _globals['_SAMPLEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_end=948
+  _globals['_SAMPLECHECKPOINT']._serialized_start=951
+  _globals['_SAMPLECHECKPOINT']._serialized_end=1157
+  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_start=1089
+  _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_end=1157
+  _globals['_CONTROLUNIT']._serialized_start=1159
+  _globals['_CONTROLUNIT']._serialized_end=1239
+  _globals['_SAMPLERESPONSE']._serialized_start=1242
+  _globals['_SAMPLERESPONSE']._serialized_end=1463
+  _globals['_SAMPLEQUEUED']._serialized_start=1465
+  _globals['_SAMPLEQUEUED']._serialized_end=1497
+  _globals['_SAMPLEPROGRESS']._serialized_start=1499
+  _globals['_SAMPLEPROGRESS']._serialized_end=1583
+  _globals['_SAMPLERESULT']._serialized_start=1586
+  _globals['_SAMPLERESULT']._serialized_end=1811
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=1743
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=1811
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=1813
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=1836
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=1838
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=1911
+  _globals['_SCHEDULERINFO']._serialized_start=1914
+  _globals['_SCHEDULERINFO']._serialized_end=2177
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=2083
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=2129
+  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_start=2131
+  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_end=2177
+  _globals['_DIFFUSIONSERVICE']._serialized_start=2180
+  _globals['_DIFFUSIONSERVICE']._serialized_end=2362
 # @@protoc_insertion_point(module_scope)

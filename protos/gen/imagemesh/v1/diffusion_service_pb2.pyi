@@ -105,6 +105,7 @@ class SampleRequest(_message.Message):
     VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
     VARIATION_SEEDS_FIELD_NUMBER: _builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
+    LATENT_RESIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
@@ -131,6 +132,8 @@ class SampleRequest(_message.Message):
     """
     preview_every: _builtins.int
     """Every how many steps a SampleProgress carries a preview; 0: never."""
+    latent_resize: _builtins.str
+    """"bilinear" (the default), "nearest", "nearest-exact" or "bicubic", as torch's interpolate does them."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
@@ -147,7 +150,10 @@ class SampleRequest(_message.Message):
 
         Image to image (https://arxiv.org/abs/2108.01073): "image_mean" and "image_log_variance" as the VAE answers, each
         [1, channels, height / scale, width / scale]; the sampler draws from them, so that randomness has one owner.
-        Inpainting: "mask" besides, DTYPE_UINT8 [1, 1, height, width] of 0 (keep) and 1 (redraw).
+        Or one picture a seed, the first dimension being their count. Or "image_latents" instead, scaled as the UNet has them, one
+        picture a seed and of any size: latent_resize brings them to the generation's.
+        Inpainting: "mask" besides, DTYPE_UINT8 [1, 1, height, width] of 0 (keep) and 1 (redraw). For models made for inpainting
+        also "masked_image_mean" and "masked_image_log_variance", of the picture with 0 (grey) where it is redrawn.
         """
 
     @_builtins.property
@@ -184,10 +190,11 @@ class SampleRequest(_message.Message):
         variation_strength: _builtins.float = ...,
         variation_seeds: _abc.Iterable[_builtins.int] | None = ...,
         preview_every: _builtins.int = ...,
+        latent_resize: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,6 +71,8 @@ class GenerateRequest(_message.Message):
     VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
     VARIATION_SEED_FIELD_NUMBER: _builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
+    MASK_PADDING_FIELD_NUMBER: _builtins.int
+    HIRES_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -106,6 +108,10 @@ class GenerateRequest(_message.Message):
     """Absent: drawn."""
     preview_every: _builtins.int
     """Every how many steps a GenerateProgress carries previews; 0: never."""
+    mask_padding: _builtins.int
+    """Crop the picture to the masked part and this many pixels around it, redraw that at the generation's size, and lay it
+    over the picture, which keeps its own size ("only masked").
+    """
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
     @_builtins.property
@@ -123,6 +129,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """A seed a picture, instead of seed and num_images."""
+
+    @_builtins.property
+    def hires(self) -> Global___GenerateHires:
+        """Make it larger in a second pass."""
 
     def __init__(
         self,
@@ -151,13 +161,17 @@ class GenerateRequest(_message.Message):
         variation_strength: _builtins.float = ...,
         variation_seed: _builtins.int | None = ...,
         preview_every: _builtins.int = ...,
+        mask_padding: _builtins.int | None = ...,
+        hires: Global___GenerateHires | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "image", b"image", "mask", b"mask", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__mask_padding: _TypeAlias = _typing.Literal["mask_padding"]  # noqa: Y015
+    _WhichOneofArgType__mask_padding: _TypeAlias = _typing.Literal["_mask_padding", b"_mask_padding"]  # noqa: Y015
     _WhichOneofReturnType__num_images: _TypeAlias = _typing.Literal["num_images"]  # noqa: Y015
     _WhichOneofArgType__num_images: _TypeAlias = _typing.Literal["_num_images", b"_num_images"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -171,6 +185,8 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_padding) -> _WhichOneofReturnType__mask_padding | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_images) -> _WhichOneofReturnType__num_images | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
@@ -182,6 +198,59 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__variation_seed) -> _WhichOneofReturnType__variation_seed | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateHires(_message.Message):
+    """A second pass: the picture of the first is enlarged and made anew in part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    UPSCALER_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    scale: _builtins.float
+    """How many times as wide and high, above 1 to 8; or pixels."""
+    width: _builtins.int
+    height: _builtins.int
+    upscaler: _builtins.str
+    """"Latent" (bilinear, the default), "Latent (nearest)", "Latent (nearest-exact)", "Latent (bicubic)", or of the decoded picture
+    "Lanczos", "Bicubic", "Bilinear" or "Nearest".
+    """
+    steps: _builtins.int
+    """Absent: as in the first pass."""
+    strength: _builtins.float
+    """How much of it is made anew, above 0 to 1. Absent: 0.7."""
+    scheduler: _builtins.str
+    """Empty: as in the first pass."""
+    def __init__(
+        self,
+        *,
+        scale: _builtins.float = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        upscaler: _builtins.str = ...,
+        steps: _builtins.int | None = ...,
+        strength: _builtins.float | None = ...,
+        scheduler: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_strength", b"_strength", "steps", b"steps", "strength", b"strength"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_strength", b"_strength", "height", b"height", "scale", b"scale", "scheduler", b"scheduler", "steps", b"steps", "strength", b"strength", "upscaler", b"upscaler", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___GenerateHires: _TypeAlias = GenerateHires  # noqa: Y015
 
 @_typing.final
 class GenerateControl(_message.Message):

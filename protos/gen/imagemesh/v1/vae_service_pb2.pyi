@@ -107,7 +107,7 @@ class EncodeImagesRequest(_message.Message):
     model: _builtins.str
     @_builtins.property
     def images(self) -> _tensor_pb2.Tensor:
-        """DTYPE_UINT8, shape [pictures, height, width, 3], RGB; multiples of the scale factor."""
+        """DTYPE_UINT8, or DTYPE_FP32 in -1 to 1; shape [pictures, height, width, 3], RGB; multiples of the scale factor."""
 
     @_builtins.property
     def memory(self) -> Global___VaeMemoryOptions: ...

@@ -19,7 +19,7 @@ from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array, require_finite
-from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
 
@@ -44,7 +44,8 @@ class FakeRun:
         self._latents: Array = np.broadcast_to(starts[:, None, None, None], (len(starts), *size)).copy()
         if inputs.image is not None:
             strength = np.float32(inputs.image.strength)
-            self._latents = self._latents * strength + inputs.image.mean * (1 - strength)
+            self._start = _start(inputs.image.source, size)
+            self._latents = self._latents * strength + self._start * (1 - strength)
         target = inputs.conditioning["prompt_embeds"].mean(axis=(0, 1))
         if inputs.guided:
             negative = inputs.conditioning["negative_prompt_embeds"].mean(axis=(0, 1))
@@ -70,7 +71,7 @@ class FakeRun:
         self._done += 1
         image = self._inputs.image
         if image is not None and image.mask is not None:
-            self._latents = np.where(image.mask[..., ::SCALE, ::SCALE] > 0, self._latents, image.mean)
+            self._latents = np.where(image.mask[..., ::SCALE, ::SCALE] > 0, self._latents, self._start)
 
     def steps_done(self) -> int:
         return self._done
@@ -94,6 +95,14 @@ class FakeRun:
             require_finite(found, "resume_from.tensors['latents']").copy(),
             checkpoint.evaluation,
         )
+
+
+def _start(source: Moments | Array, size: tuple[int, int, int]) -> Array:
+    """The mean, or the latents resized by repeating the nearest."""
+    if isinstance(source, Moments):
+        return source.mean
+    rows, columns = (np.arange(side) * old // side for side, old in zip(size[1:], source.shape[2:], strict=True))
+    return source[:, :, rows][..., columns]
 
 
 class FakeDiffusionModel:

@@ -28,7 +28,7 @@ class FakeVaeModel:
         count, height, width, _ = images.shape
         side = self.scale_factor
         blocks = images.reshape(count, height // side, side, width // side, side, 3).mean(axis=(2, 4))
-        colours = (blocks / 127.5 - 1).transpose(0, 3, 1, 2)
+        colours = (blocks / 127.5 - 1 if images.dtype == np.uint8 else blocks).transpose(0, 3, 1, 2)
         mean = np.concatenate([colours, np.zeros_like(colours[:, :1])], axis=1).astype(np.float32)
         return mean, np.zeros_like(mean)
 

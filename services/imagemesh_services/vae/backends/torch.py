@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
@@ -40,7 +41,9 @@ class TorchVaeModel:
 
     @torch.inference_mode()
     def encode(self, images: Array, memory: MemoryOptions) -> tuple[Array, Array]:
-        pixels = to_torch(images, self._vae.device).permute(0, 3, 1, 2).to(self._vae.dtype) / 127.5 - 1
+        pixels = to_torch(images, self._vae.device).permute(0, 3, 1, 2).to(self._vae.dtype)
+        if images.dtype == np.uint8:
+            pixels = pixels / 127.5 - 1
         with self._spending(memory):
             posterior = self._vae.encode(pixels).latent_dist
         mean, log_variance = (self._finite(part.float(), "latents") for part in (posterior.mean, posterior.logvar))

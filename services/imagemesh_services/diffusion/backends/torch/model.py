@@ -29,7 +29,13 @@ from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unp
 from imagemesh_services.diffusion.backends.torch.preview import clean_latents
 from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
-from imagemesh_services.diffusion.backends.torch.start import LatentScale, Variation, from_image, from_noise
+from imagemesh_services.diffusion.backends.torch.start import (
+    LatentScale,
+    Variation,
+    check_image,
+    from_image,
+    from_noise,
+)
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
@@ -52,11 +58,15 @@ class TorchRun:
         self.scheduler: str = type(components.scheduler).__name__
         self._components = components
         self._steps = inputs.steps_to_do
-        self._after = _AFTER_DENOISER if inputs.image is None or inputs.image.mask is None else _AFTER_INPAINT_DENOISER
+        blends = inputs.image is not None and inputs.image.mask is not None and inputs.image.masked is None
+        self._after = _AFTER_INPAINT_DENOISER if blends else _AFTER_DENOISER
         self._done = 0
         self._passes: list[Any] = []
         self._state = self._begin(inputs)
         self._prompts = self._embeddings(inputs)
+        masked = getattr(self._state, "masked_image_latents", None)
+        # What a model made for inpainting sees besides the latents.
+        self._masked = None if masked is None else (self._state.mask, masked)
         self.evaluations = len(self._state.timesteps)
         self._watched = {"scheduler": components.scheduler, "guider": components.guider}
         self._began = {name: snapshot(thing) for name, thing in self._watched.items()}
@@ -93,7 +103,10 @@ class TorchRun:
         self._passes = guider.prepare_inputs({"prompt_embeds": tuple(reversed(self._prompts.values()))})
         # The negative pass comes last from the guider and first in the rows, as in diffusers' classic pipelines.
         prompts = [one.prompt_embeds for one in reversed(self._passes)]
-        return StepRows(state.scaled_latents.repeat(len(prompts), 1, 1, 1), timestep, torch.cat(prompts))
+        sample = state.scaled_latents
+        if self._masked is not None:
+            sample = torch.cat([sample, *self._masked], dim=1)
+        return StepRows(sample.repeat(len(prompts), 1, 1, 1), timestep, torch.cat(prompts))
 
     def finish_step(self, prediction: torch.Tensor) -> None:
         """Guidance and the scheduler's step.
@@ -204,13 +217,15 @@ class TorchDiffusionModel:
         self.fingerprint = fingerprint
         self.scale_factor = _scale_factor(vae)
         self._latent_scale = LatentScale(vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0)
+        self._channels: int = vae.get("latent_channels", 4)
+        self._inpaints = unet.config.in_channels == 2 * self._channels + 1
         self._max_rows = max_rows
         self._unet = unet
         self._schedulers = Schedulers(scheduler)
 
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
-        self._check_image(inputs)
+        check_image(inputs, self._channels, self.scale_factor, inpaints=self._inpaints)
         for name, embeds in inputs.conditioning.items():
             if embeds.shape[-1] != width:
                 raise InvalidArgument(f"conditioning[{name!r}]", f"width {embeds.shape[-1]}", f"of width {width}")
@@ -221,7 +236,7 @@ class TorchDiffusionModel:
             guider=_new_guider(inputs),
             vae_scale_factor=self.scale_factor,
             latent_scale=self._latent_scale,
-            num_channels_latents=self._unet.config.in_channels,
+            num_channels_latents=self._channels,
             # diffusers' word for a UNet that isn't made for inpainting; ours may have latents of any width.
             num_channels_unet=4,
             default_sample_size=self._unet.config.sample_size,
@@ -234,15 +249,6 @@ class TorchDiffusionModel:
             raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
         run.check_timesteps()
         return run
-
-    def _check_image(self, inputs: SampleInputs) -> None:
-        if inputs.image is None:
-            return
-        size = (inputs.height // self.scale_factor, inputs.width // self.scale_factor)
-        wanted = (1, self._unet.config.in_channels, *size)
-        for name, array in (("image_mean", inputs.image.mean), ("image_log_variance", inputs.image.log_variance)):
-            if array.shape != wanted:
-                raise InvalidArgument(f"inputs[{name!r}].shape", list(array.shape), str(list(wanted)))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
@@ -357,19 +363,22 @@ def _scale_factor(vae: Mapping[str, Any]) -> int:
 def _card(folder: ModelFolder) -> ModelCard | None:
     """The picture's size, and what suits the model as far as an ``imagemesh.json`` in its folder says so.
 
-    None for what isn't Stable Diffusion 1.x or 2.x: SDXL's UNet wants more conditioning, an inpainting one more
-    channels, a consistency-distilled one the guidance as an input.
+    None for what isn't Stable Diffusion 1.x or 2.x: SDXL's UNet wants more conditioning, a consistency-distilled one
+    the guidance as an input.
     """
     if not folder.has("unet", "scheduler", "vae") or folder.config["unet"][1] != "UNet2DConditionModel":
         return None
     unet, vae = folder.read("unet", "config.json"), folder.read("vae", "config.json")
     plain = all(unet.get(name) is None for name in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim"))
-    if not plain or unet["in_channels"] != vae.get("latent_channels", 4):
+    channels: int = vae.get("latent_channels", 4)
+    if not plain or unet["in_channels"] not in (channels, 2 * channels + 1):
         return None
     scale = _scale_factor(vae)
     side = int(unet["sample_size"]) * scale
     suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
     properties: dict[str, object] = {"class": folder.config["_class_name"]}
+    if unet["in_channels"] != channels:
+        properties["needs"] = "mask"
     properties |= {"width": side, "height": side, "multiple": scale}
     properties |= {name: kind(suits[name]) for name, kind in _SUITS.items() if name in suits}
     return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})
