@@ -50,10 +50,11 @@ def test_every_room_has_the_same_doors(room: Path):
 
 
 @rooms
-def test_every_backend_is_a_file_and_a_row(room: Path):
+def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
     table = importlib.import_module(f"imagemesh_services.{room.name}.backend").BACKENDS
-    files = {path.stem for path in (room / "backends").glob("*.py")} - {"__init__"}
-    assert set(table) == files
+    found = {path.stem for path in (room / "backends").glob("*.py")} - {"__init__"}
+    found |= {path.parent.name for path in (room / "backends").glob("*/__init__.py")}
+    assert set(table) == found
     for name, entry in table.items():
         assert entry.target.startswith(f"imagemesh_services.{room.name}.backends.{name}:")
         assert entry.explicit == (name == "fake")
