@@ -111,8 +111,8 @@ def test_every_module_says_what_it_is_for():
 
 PUBLIC = [
     "AsyncClient", "Classification", "Client", "Control", "DeadlineExceeded", "Event", "GenerateOptions",
-    "GeneratedImage", "Generation", "ImageInput", "InvalidArgument", "MeshError", "Model", "Models", "Parameters",
-    "Prediction", "Progress", "Queued", "RemoteError", "Result", "Timing", "Unavailable",
+    "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "MeshError", "Model", "Models",
+    "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result", "Timing", "Unavailable",
 ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_new_folders_are_seen(tmp_path: Path) -> None:
 
 
 def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="absent"):
+    with pytest.raises(InvalidArgument, match="models must be a folder that exists, got"):
         Repository.parse(str(tmp_path / "absent"))
 
 
