@@ -49,7 +49,7 @@ def test_tokenizing_from_many_threads_gives_the_same(model):
 
 def test_embeddings_are_finite_floats_a_row_a_token(model):
     tokens = model.tokenize(LONG).windows
-    embeds = model.encode(tokens, 0)
+    embeds = model.encode(tokens, 0).embeds
     assert embeds.shape[:2] == tokens.shape
     assert embeds.ndim == 3
     assert embeds.dtype == np.float32
@@ -58,24 +58,22 @@ def test_embeddings_are_finite_floats_a_row_a_token(model):
 
 def test_the_same_tokens_give_the_same_embeddings(model):
     tokens = model.tokenize("a cat").windows
-    np.testing.assert_array_equal(model.encode(tokens, 0), model.encode(tokens, 0))
+    np.testing.assert_array_equal(model.encode(tokens, 0).embeds, model.encode(tokens, 0).embeds)
 
 
 def test_other_prompts_give_other_embeddings(model):
-    assert (
-        np.abs(model.encode(model.tokenize("cat").windows, 0) - model.encode(model.tokenize("dog").windows, 0)).max()
-        > 1e-3
-    )
+    cat, dog = (model.encode(model.tokenize(text).windows, 0).embeds for text in ("cat", "dog"))
+    assert np.abs(cat - dog).max() > 1e-3
 
 
 def test_batch_equals_singles(model):
     tokens = np.concatenate([model.tokenize(text).windows for text in ("", "a cat", LONG)])
-    singles = np.concatenate([model.encode(row[None], 0) for row in tokens])
-    np.testing.assert_allclose(model.encode(tokens, 0), singles, atol=1e-4)
+    singles = np.concatenate([model.encode(row[None], 0).embeds for row in tokens])
+    np.testing.assert_allclose(model.encode(tokens, 0).embeds, singles, atol=1e-4)
 
 
 def test_every_clip_skip_below_the_number_of_layers_gives_its_own_embeddings(model):
     tokens = model.tokenize("a cat").windows
-    embeds = [model.encode(tokens, skip) for skip in range(model.layers)]
+    embeds = [model.encode(tokens, skip).embeds for skip in range(model.layers)]
     assert {one.shape for one in embeds} == {embeds[0].shape}
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(embeds))

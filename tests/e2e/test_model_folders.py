@@ -20,7 +20,7 @@ def change(path: Path, **values: object) -> None:
 
 SPOILED: dict[str, Callable[[Path], object]] = {
     "without its parts": lambda folder: [shutil.rmtree(part) for part in folder.iterdir() if part.is_dir()],
-    "an SDXL UNet": lambda folder: change(folder / "unet" / "config.json", addition_embed_type="text_time"),
+    "a UNet with image embeddings": lambda folder: change(folder / "unet" / "config.json", addition_embed_type="image"),
     "a UNet that edits pictures": lambda folder: change(folder / "unet" / "config.json", in_channels=8),
     "a consistency UNet": lambda folder: change(folder / "unet" / "config.json", time_cond_proj_dim=256),
     "a sample size of three": lambda folder: change(folder / "unet" / "config.json", sample_size=[8, 8, 8]),

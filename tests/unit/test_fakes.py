@@ -28,7 +28,7 @@ def test_text_goes_on_in_a_second_window_after_six_characters():
 
 @pytest.mark.parametrize(("skip", "wanted"), [(0, 0.5), (2, -1.5)])
 def test_text_embedding_is_the_token_over_256_less_the_skip(skip, wanted):
-    embeds = FakeTextModel().encode(np.array([[128]]), skip)
+    embeds = FakeTextModel().encode(np.array([[128]]), skip).embeds
     np.testing.assert_array_equal(embeds, np.full((1, 1, 4), wanted, np.float32))
 
 

@@ -13,7 +13,7 @@ from imagemesh_runtime.limits import MAX_WINDOWS
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, from_proto
-from imagemesh_services.text_encoder.backend import Tokens
+from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.backends.fake import WINDOW, FakeTextEncoder, FakeTextModel
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.servicer import TextEncoderServicer
@@ -34,7 +34,7 @@ class Spy(FakeTextModel):
         self.threads.add(threading.current_thread())
         return super().tokenize(text)
 
-    def encode(self, tokens: Array, clip_skip: int) -> Array:
+    def encode(self, tokens: Array, clip_skip: int) -> Encoded:
         self.forwards.append(len(tokens))
         return super().encode(tokens, clip_skip)
 
@@ -66,7 +66,7 @@ async def test_no_forward_is_larger_than_max_batch_and_the_windows_stay_in_order
     for name, text in (("prompt_embeds", prompt), ("negative_prompt_embeds", "no")):
         windows = FakeTextModel().tokenize(text).windows
         padding = np.repeat(FakeTextModel().tokenize("").windows, 9 - len(windows), axis=0)
-        wanted = FakeTextModel().encode(np.concatenate([windows, padding]).reshape(1, -1), 0)
+        wanted = FakeTextModel().encode(np.concatenate([windows, padding]).reshape(1, -1), 0).embeds
         np.testing.assert_array_equal(from_proto(answer.conditioning[name], name), wanted)
 
 

@@ -1,7 +1,7 @@
 """The seam between the ControlNet service and what runs the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from imagemesh_runtime.registry import BackendEntry
@@ -15,6 +15,8 @@ class ControlInputs:
     image: Array  # uint8 [height, width, 3], RGB
     embeddings: Array  # float [rows, tokens, width]
     scale: float
+    # For some families "text_embeds" and "time_ids", each float [rows, width].
+    added: Mapping[str, Array] = field(default_factory=dict)
 
 
 class ControlRun(Protocol):

@@ -10,9 +10,12 @@ from imagemesh_runtime.errors import InvalidArgument, Overloaded
 from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, MAX_TOKENS, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
-from imagemesh_runtime.tensors import FLOATS, from_proto, require_finite, to_proto
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
 from imagemesh_services.controlnet.backend import ControlInputs, ControlModel, ControlRun
 from imagemesh_services.controlnet.config import ControlNetConfig
+
+# What some families add to the prompts' embeddings, by diffusers' names.
+ADDED = ("text_embeds", "time_ids")
 
 
 class ControlNetServicer(rpc.ControlNetServiceServicer):
@@ -56,7 +59,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         check_range(f"{field}.shape[0]", rows, 1, 2 * MAX_IMAGES)  # with guidance a picture has two
         check_range(f"{field}.shape[1]", embeddings.shape[1], 1, MAX_TOKENS)
         check_pixels(field, (rows + 1) // 2, image.shape[1], image.shape[0])
-        inputs = ControlInputs(image, require_finite(embeddings, field), start.scale)
+        added = {name: _added(name, start, rows) for name in sorted(start.added_conditions)}
+        inputs = ControlInputs(image, require_finite(embeddings, field), start.scale, added)
         return await self._models.lane.run(model.start, inputs)
 
     async def _residuals(self, run: ControlRun | None, step: pb.ControlStep) -> pb.ControlResponse:
@@ -74,3 +78,12 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             mid_residual=to_proto(mid),
             backend=self._models.backend.name,
         )
+
+
+def _added(name: str, start: pb.ControlStart, rows: int) -> Array:
+    if name not in ADDED:
+        raise InvalidArgument("start.added_conditions", name, " or ".join(ADDED))
+    field = f"start.added_conditions[{name!r}]"
+    found = from_proto(start.added_conditions[name], field, dtypes=FLOATS, shape=(rows, None))
+    check_range(f"{field}.shape[1]", found.shape[1], 1, MAX_TOKENS)
+    return require_finite(found, field)

@@ -38,7 +38,8 @@ class ImageInputs:
 class SampleInputs:
     """One generation, checked."""
 
-    # "prompt_embeds" and perhaps "negative_prompt_embeds": float [1, tokens, width].
+    # "prompt_embeds" and perhaps "negative_prompt_embeds": float [1, tokens, width]; for some families
+    # "pooled_prompt_embeds" and perhaps "negative_pooled_prompt_embeds" too: float [1, width].
     conditioning: Mapping[str, Array]
     width: int  # pixels
     height: int
@@ -96,6 +97,9 @@ class Run(Protocol):
     def embeddings(self) -> Array:
         """float [rows, tokens, width]: the rows' prompt embeddings."""
 
+    def added_conditions(self) -> Mapping[str, Array]:
+        """What families such as Stable Diffusion XL want besides, by diffusers' names, each float [rows, width]."""
+
     def model_input(self) -> tuple[Array, float]:
         """The rows as the model gets them at the next evaluation, [rows, channels, h, w], and the timestep."""
 
@@ -123,6 +127,8 @@ class DiffusionModel(Protocol):
     """A loaded denoising model with its scheduler's settings."""
 
     scale_factor: int
+    # What the text encoder must have told: "prompt_embeds", and "pooled_prompt_embeds" for some families.
+    conditioning: Sequence[str]
     # Replicas whose fingerprints are equal compute the same bits: weights, element type, library versions.
     fingerprint: str
 

@@ -1,7 +1,7 @@
 """The sampler's side of its ControlNets: a session each, a question each evaluation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import reduce
 from operator import add
@@ -11,7 +11,7 @@ from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer, Session
 from imagemesh_runtime.errors import DeadlineExceeded
-from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, map_to_proto, require_finite, to_proto
 from imagemesh_services.diffusion.backend import Residuals
 
 
@@ -42,7 +42,11 @@ class Control:
 
 @asynccontextmanager
 async def open_control(
-    peer: Peer, units: Sequence[diffusion_service_pb2.ControlUnit], embeddings: Array, timeout_seconds: float
+    peer: Peer,
+    units: Sequence[diffusion_service_pb2.ControlUnit],
+    embeddings: Array,
+    added: Mapping[str, Array],
+    timeout_seconds: float,
 ) -> AsyncIterator[Control]:
     """Start a session for every unit; what doesn't change from step to step is sent now, once."""
     stub = rpc.ControlNetServiceStub(peer.channel)
@@ -51,7 +55,11 @@ async def open_control(
         for unit in units:
             session = await stack.enter_async_context(peer.session(stub.Control))
             start = pb.ControlStart(
-                model=unit.model, image=unit.image, encoder_hidden_states=to_proto(embeddings), scale=unit.scale
+                model=unit.model,
+                image=unit.image,
+                encoder_hidden_states=to_proto(embeddings),
+                scale=unit.scale,
+                added_conditions=map_to_proto(added),
             )
             await session.send(pb.ControlRequest(start=start))
             sessions.append(session)

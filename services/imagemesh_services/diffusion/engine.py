@@ -283,7 +283,8 @@ class Engine:
         assert generation.open_control is not None
         run = generation.started
         try:
-            async with generation.open_control(await self._lane.run(run.embeddings)) as control:
+            told = await self._lane.run(lambda: (run.embeddings(), run.added_conditions()))
+            async with generation.open_control(*told) as control:
                 for _ in range(generation.evaluated, run.evaluations):
                     await generation.wanted.wait()
                     generation.wanted.clear()

@@ -1,7 +1,7 @@
 """One request's place in the engine, and what it tells its caller."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -14,8 +14,8 @@ from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.control import Control
 from imagemesh_services.diffusion.pace import Pace, Work
 
-# Opens the sessions with the ControlNets, given the rows' prompt embeddings.
-OpenControl = Callable[[Array], AbstractAsyncContextManager[Control]]
+# Opens the sessions with the ControlNets, given the rows' prompt embeddings and what some families add to them.
+OpenControl = Callable[[Array, Mapping[str, Array]], AbstractAsyncContextManager[Control]]
 
 
 @dataclass(frozen=True)

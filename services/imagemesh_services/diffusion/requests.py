@@ -1,5 +1,7 @@
 """A request for samples, checked."""
 
+from collections.abc import Sequence
+
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import priority_pb2
 from imagemesh.v1.priority_pb2 import Priority
@@ -39,8 +41,12 @@ _PRIORITIES = {
 }
 
 
-def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
-    """The request as arrays and numbers, each within its bounds; sizes are multiples of ``multiple`` pixels.
+def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence[str]) -> SampleInputs:
+    """The request as arrays and numbers, each within its bounds.
+
+    Args:
+        multiple: of so many pixels the sizes must be.
+        conditioning: what the model wants of the text encoder.
 
     Raises:
         InvalidArgument: one isn't.
@@ -55,20 +61,11 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
     check_range("controls", len(request.controls), 0, MAX_CONTROLS)
     for i, seed in enumerate(request.seeds):
         check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
-    for i, unit in enumerate(request.controls):
-        check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
-    for i, unit in enumerate(request.controls):
-        shape = (request.height, request.width, 3)
-        from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)
-    check_range("variation_strength", request.variation_strength, 0, 1)
-    wanted = len(request.seeds) if request.variation_strength else 0
-    if len(request.variation_seeds) != wanted:
-        raise InvalidArgument("variation_seeds", f"{len(request.variation_seeds)} seeds", f"{wanted}, one a picture")
-    for i, seed in enumerate(request.variation_seeds):
-        check_range(f"variation_seeds[{i}]", seed, 0, MAX_SEED)
+    _check_controls(request)
+    _check_variation(request)
     guided = request.guidance_scale > 1
     return SampleInputs(
-        conditioning=_conditioning(request, guided),
+        conditioning=_conditioning(request, guided, conditioning),
         width=request.width,
         height=request.height,
         steps=request.steps,
@@ -79,6 +76,23 @@ def read_inputs(request: pb.SampleRequest, multiple: int) -> SampleInputs:
         variation_seeds=tuple(request.variation_seeds),
         variation_strength=request.variation_strength,
     )
+
+
+def _check_controls(request: pb.SampleRequest) -> None:
+    for i, unit in enumerate(request.controls):
+        check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
+    for i, unit in enumerate(request.controls):
+        shape = (request.height, request.width, 3)
+        from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)
+
+
+def _check_variation(request: pb.SampleRequest) -> None:
+    check_range("variation_strength", request.variation_strength, 0, 1)
+    wanted = len(request.seeds) if request.variation_strength else 0
+    if len(request.variation_seeds) != wanted:
+        raise InvalidArgument("variation_seeds", f"{len(request.variation_seeds)} seeds", f"{wanted}, one a picture")
+    for i, seed in enumerate(request.variation_seeds):
+        check_range(f"variation_seeds[{i}]", seed, 0, MAX_SEED)
 
 
 def _image(request: pb.SampleRequest) -> ImageInputs | None:
@@ -150,20 +164,22 @@ def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:
     return Terms(patience, request.checkpoint_every, resume_from, request.alone, request.preview_every)
 
 
-def _conditioning(request: pb.SampleRequest, guided: bool) -> dict[str, Array]:
-    names = ["prompt_embeds", "negative_prompt_embeds"] if guided else ["prompt_embeds"]
+def _conditioning(request: pb.SampleRequest, guided: bool, wanted: Sequence[str]) -> dict[str, Array]:
+    names = [*wanted, *(f"negative_{name}" for name in wanted if guided)]
     found: dict[str, Array] = {}
     for name in names:
         field = f"conditioning[{name!r}]"
         if name not in request.conditioning:
             raise InvalidArgument("conditioning", sorted(request.conditioning), f"a map with {name!r}")
-        embeds = from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=(1, None, None))
-        found[name] = require_finite(embeds, field)
-        check_range(f"{field}.shape[1]", embeds.shape[1], 1, MAX_TOKENS)
-    unknown = sorted(set(request.conditioning) - {"prompt_embeds", "negative_prompt_embeds"})
+        shape = (1, None) if "pooled" in name else (1, None, None)
+        found[name] = require_finite(from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=shape), field)
+        check_range(f"{field}.shape[1]", found[name].shape[1], 1, MAX_TOKENS)
+    allowed = [*wanted, *(f"negative_{name}" for name in wanted)]
+    unknown = sorted(set(request.conditioning) - set(allowed))
     if unknown:
-        raise InvalidArgument("conditioning", unknown, "a map of prompt_embeds and negative_prompt_embeds alone")
-    if len({embeds.shape for embeds in found.values()}) > 1:
-        shapes = {name: embeds.shape for name, embeds in found.items()}
-        raise InvalidArgument("conditioning", shapes, "embeddings of equal shape")
+        raise InvalidArgument("conditioning", unknown, f"a map of {' and '.join(allowed)} alone")
+    for name in wanted if guided else ():
+        pair = {one: found[one].shape for one in (name, f"negative_{name}")}
+        if len(set(pair.values())) > 1:
+            raise InvalidArgument("conditioning", pair, "embeddings of equal shape")
     return found

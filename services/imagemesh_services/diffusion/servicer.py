@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
@@ -40,7 +40,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
         try:
             model = await self._models.get(request.model)
-            inputs = read_inputs(request, model.scale_factor)
+            inputs = read_inputs(request, model.scale_factor, model.conditioning)
             fingerprint = f"{model.fingerprint}-{request_digest(request)}"
             terms = read_terms(request, fingerprint)
             control = self._control(request)
@@ -91,7 +91,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             )
         peer, timeout = self._controlnet, self._config.control_timeout_seconds
 
-        def opener(embeddings: Array) -> AbstractAsyncContextManager[Control]:
-            return open_control(peer, request.controls, embeddings, timeout)
+        def opener(embeddings: Array, added: Mapping[str, Array]) -> AbstractAsyncContextManager[Control]:
+            return open_control(peer, request.controls, embeddings, added, timeout)
 
         return opener

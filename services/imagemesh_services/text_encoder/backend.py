@@ -12,22 +12,35 @@ from imagemesh_runtime.tensors import Array
 class Tokens:
     """A prompt cut into windows, each with its start, end and padding tokens."""
 
-    # int64 [windows, window]; an empty prompt is one window.
+    # int64 [windows, window]; an empty prompt is one window. Of a model with two encoders, one's ids after the other's.
     windows: Array
     # Tokens of the prompt itself.
     count: int
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What windows became, a row a window."""
+
+    # float [windows, tokens, width]
+    embeds: Array
+    # float [windows, pooled width]; None: the family has none.
+    pooled: Array | None = None
+
+
 class TextModel(Protocol):
-    """A loaded text encoder."""
+    """A loaded text encoder, or two whose embeddings lie side by side."""
 
     layers: int
+    # Whether a negative prompt leaves out layers too, and whether an empty one is zeros instead of an embedding.
+    skips_negative: bool
+    zeroes_empty_negative: bool
 
     def tokenize(self, text: str) -> Tokens:
         """Called from any thread, several at a time; ``encode`` is called on the lane."""
 
-    def encode(self, tokens: Array, clip_skip: int) -> Array:
-        """float [windows, window, width]: the hidden states, ``clip_skip`` layers before the last, normed."""
+    def encode(self, tokens: Array, clip_skip: int) -> Encoded:
+        """The hidden states, ``clip_skip`` layers before the one that the family takes."""
 
 
 _ROOM = "imagemesh_services.text_encoder.backends"

@@ -14,7 +14,7 @@ from imagemesh_runtime.limits import MAX_WINDOWS, check_prompt, check_range
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, map_to_proto
-from imagemesh_services.text_encoder.backend import TextModel, Tokens
+from imagemesh_services.text_encoder.backend import Encoded, TextModel, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 
 
@@ -24,7 +24,7 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
     def __init__(self, config: TextEncoderConfig, models: LoadedModels[TextModel], metrics: Metrics) -> None:
         self._models = models
         self._metrics = metrics
-        self.batcher: Batcher[Array, Array] = Batcher(
+        self.batcher: Batcher[Array, Encoded] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
 
@@ -38,26 +38,58 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
             prompts["negative_prompt"] = request.negative_prompt
         with self.batcher.reserve():
             tokens = await asyncio.to_thread(_tokenized, model, prompts)
-        rows = np.concatenate(_padded([one.windows for one in tokens.values()], model))
-        parts = await submit_rows(self.batcher, (request.model, request.clip_skip), rows)
-        embeds = np.split(np.concatenate(parts), len(tokens))
-        conditioning = {
-            f"{name}_embeds": part.reshape(1, -1, part.shape[-1]) for name, part in zip(tokens, embeds, strict=True)
-        }
+        rows = await self._encoded(request, model, _padded([one.windows for one in tokens.values()], model))
+        conditioning: dict[str, Array] = {}
+        for name, encoded in zip(tokens, rows, strict=True):
+            conditioning |= _named(name, encoded, zero=model.zeroes_empty_negative and not prompts[name])
         return pb.EncodeTextResponse(
             conditioning=map_to_proto(conditioning),
             prompt_tokens=tokens["prompt"].count,
             backend=self._models.backend.name,
         )
 
-    async def _compute(self, key: Hashable, items: Sequence[Array]) -> list[Array]:
+    async def _encoded(
+        self, request: pb.EncodeTextRequest, model: TextModel, windows: Sequence[Array]
+    ) -> list[Encoded]:
+        """Each prompt's windows, encoded; in one forward where the prompts leave out equally many layers."""
+        skips = [request.clip_skip] + [request.clip_skip if model.skips_negative else 0] * (len(windows) - 1)
+        if len(set(skips)) > 1:
+            pairs = zip(skips, windows, strict=True)
+            return list(await asyncio.gather(*(self._rows(request.model, skip, rows) for skip, rows in pairs)))
+        joined = await self._rows(request.model, skips[0], np.concatenate(windows))
+        return _split(joined, np.cumsum([len(rows) for rows in windows])[:-1])
+
+    async def _rows(self, model: str, clip_skip: int, windows: Array) -> Encoded:
+        parts = await submit_rows(self.batcher, (model, clip_skip), windows)
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Encoded(np.concatenate([part.embeds for part in parts]), np.concatenate(pooled) if pooled else None)
+
+    async def _compute(self, key: Hashable, items: Sequence[Array]) -> list[Encoded]:
         name, clip_skip = cast(tuple[str, int], key)
         model = await self._models.get(name)
         with self._metrics.stage.time("encode_text"):
-            embeds = await self._models.lane.run(model.encode, np.concatenate(items), clip_skip)
-        if not np.isfinite(embeds.astype(np.float32)).all():
-            raise NotFinite(name, "embeddings")
-        return np.split(embeds, np.cumsum([len(item) for item in items])[:-1])
+            encoded = await self._models.lane.run(model.encode, np.concatenate(items), clip_skip)
+        for found in (encoded.embeds, encoded.pooled):
+            if found is not None and not np.isfinite(found.astype(np.float32)).all():
+                raise NotFinite(name, "embeddings")
+        return _split(encoded, np.cumsum([len(item) for item in items])[:-1])
+
+
+def _split(encoded: Encoded, cuts: Array) -> list[Encoded]:
+    embeds = np.split(encoded.embeds, cuts)
+    if encoded.pooled is None:
+        return [Encoded(part) for part in embeds]
+    return [Encoded(*pair) for pair in zip(embeds, np.split(encoded.pooled, cuts), strict=True)]
+
+
+def _named(name: str, encoded: Encoded, *, zero: bool) -> dict[str, Array]:
+    """One prompt's embeddings by diffusers' names."""
+    found = {f"{name}_embeds": encoded.embeds.reshape(1, -1, encoded.embeds.shape[-1])}
+    negative = name == "negative_prompt"
+    # Of a prompt in several windows the first is the summary.
+    if encoded.pooled is not None:
+        found["negative_pooled_prompt_embeds" if negative else "pooled_prompt_embeds"] = encoded.pooled[:1]
+    return {key: np.zeros_like(array) for key, array in found.items()} if negative and zero else found
 
 
 def _tokenized(model: TextModel, prompts: Mapping[str, str]) -> dict[str, Tokens]:

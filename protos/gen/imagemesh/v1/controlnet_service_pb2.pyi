@@ -49,10 +49,32 @@ Global___ControlRequest: _TypeAlias = ControlRequest  # noqa: Y015
 class ControlStart(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AddedConditionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     ENCODER_HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    ADDED_CONDITIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     scale: _builtins.float
     """Weight of the residuals, 0 to 10."""
@@ -64,6 +86,12 @@ class ControlStart(_message.Message):
     def encoder_hidden_states(self) -> _tensor_pb2.Tensor:
         """The prompt embeddings of the model's rows, [rows, tokens, width]; with guidance the negative rows come first."""
 
+    @_builtins.property
+    def added_conditions(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """What families such as Stable Diffusion XL want besides, by diffusers' names, each [rows, width]: "text_embeds" and
+        "time_ids".
+        """
+
     def __init__(
         self,
         *,
@@ -71,10 +99,11 @@ class ControlStart(_message.Message):
         image: _tensor_pb2.Tensor | None = ...,
         encoder_hidden_states: _tensor_pb2.Tensor | None = ...,
         scale: _builtins.float = ...,
+        added_conditions: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "encoder_hidden_states", b"encoder_hidden_states", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

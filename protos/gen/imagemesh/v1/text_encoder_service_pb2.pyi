@@ -30,7 +30,9 @@ class EncodeTextRequest(_message.Message):
     model: _builtins.str
     prompt: _builtins.str
     negative_prompt: _builtins.str
-    """Absent: no negative embedding is computed. Empty: the embedding of "" is."""
+    """Absent: no negative embedding is computed. Empty: the embedding of "" is, or zeros where the model was trained on those
+    (force_zeros_for_empty_prompt).
+    """
     clip_skip: _builtins.int
     """How many of the last layers to leave out; 0 takes the last layer's output. At most the number of layers less 1."""
     def __init__(
@@ -86,6 +88,7 @@ class EncodeTextResponse(_message.Message):
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Named as in diffusers: "prompt_embeds" and "negative_prompt_embeds", each [1, tokens, width]. Both have the same
         number of tokens: 77 for a prompt that fits the encoder's window, 77 more for every further window of 75.
+        Models of Stable Diffusion XL's family have "pooled_prompt_embeds" and "negative_pooled_prompt_embeds" too, each [1, width].
         """
 
     def __init__(

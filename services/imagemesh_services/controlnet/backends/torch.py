@@ -24,6 +24,7 @@ class TorchControlRun:
         self._embeddings = to_torch(inputs.embeddings, model.device, model.dtype)
         pixels = to_torch(inputs.image, model.device).to(model.dtype) / 255
         self._image = pixels.permute(2, 0, 1).unsqueeze(0).repeat(len(self._embeddings), 1, 1, 1)
+        self._added = {name: to_torch(one, model.device, model.dtype) for name, one in inputs.added.items()}
         self._factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
 
     @torch.inference_mode()
@@ -35,6 +36,7 @@ class TorchControlRun:
             encoder_hidden_states=self._embeddings,
             controlnet_cond=self._image,
             conditioning_scale=self._scale,
+            added_cond_kwargs=self._added or None,
             return_dict=False,
         )
         return [to_numpy(one) for one in down], to_numpy(mid)
@@ -59,7 +61,21 @@ class TorchControlModel:
         if inputs.embeddings.shape[-1] != width:
             got = f"width {inputs.embeddings.shape[-1]}"
             raise InvalidArgument("start.encoder_hidden_states", got, f"of width {width}")
+        self._check_added(inputs)
         return TorchControlRun(self._model, inputs)
+
+    def _check_added(self, inputs: ControlInputs) -> None:
+        config = self._model.config
+        wanted = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()
+        if set(inputs.added) != wanted:
+            allowed = f"a map of {' and '.join(sorted(wanted)) or 'nothing'}: another family's ControlNet"
+            raise InvalidArgument("start.added_conditions", sorted(inputs.added), allowed)
+        if wanted:
+            numbers = inputs.added["time_ids"].shape[1]
+            given = inputs.added["text_embeds"].shape[1] + numbers * config.addition_time_embed_dim
+            if given != config.projection_class_embeddings_input_dim:
+                widths = {name: one.shape[1] for name, one in inputs.added.items()}
+                raise InvalidArgument("start.added_conditions", widths, "as wide as the ControlNet's were in training")
 
 
 class TorchControlNet:

@@ -60,6 +60,9 @@ class FakeRun:
         negative = self._inputs.conditioning["negative_prompt_embeds"]
         return np.concatenate([negative.repeat(len(self._inputs.seeds), axis=0), rows])
 
+    def added_conditions(self) -> Mapping[str, Array]:
+        return {}
+
     def model_input(self) -> tuple[Array, float]:
         rows = np.concatenate([self._latents, self._latents]) if self._inputs.guided else self._latents
         return rows, float(self.evaluations - self._done)
@@ -109,6 +112,7 @@ class FakeDiffusionModel:
     """See the module."""
 
     scale_factor = SCALE
+    conditioning = ("prompt_embeds",)
     fingerprint = "fake"
 
     def start(self, inputs: SampleInputs) -> FakeRun:

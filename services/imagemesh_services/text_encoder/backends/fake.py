@@ -10,7 +10,7 @@ import numpy as np
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.text_encoder.backend import Tokens
+from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 
 START, END, WINDOW, WIDTH = 1, 2, 8, 4
@@ -20,6 +20,8 @@ class FakeTextModel:
     """See the module."""
 
     layers = 3
+    skips_negative = True
+    zeroes_empty_negative = False
 
     def tokenize(self, text: str) -> Tokens:
         inner = WINDOW - 2
@@ -28,8 +30,8 @@ class FakeTextModel:
         rows = [[START, *window, *[END] * (WINDOW - 1 - len(window))] for window in windows]
         return Tokens(np.array(rows, dtype=np.int64), len(text))
 
-    def encode(self, tokens: Array, clip_skip: int) -> Array:
-        return np.repeat(tokens[..., None] / 256 - clip_skip, WIDTH, axis=-1).astype(np.float32)
+    def encode(self, tokens: Array, clip_skip: int) -> Encoded:
+        return Encoded(np.repeat(tokens[..., None] / 256 - clip_skip, WIDTH, axis=-1).astype(np.float32))
 
 
 class FakeTextEncoder:

@@ -1,17 +1,18 @@
 """CLIP text encoders in torch, as Stable Diffusion's pipelines run them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any, Final
 
 import numpy as np
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
-from imagemesh_services.text_encoder.backend import Tokens
+from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
 
@@ -19,34 +20,41 @@ from imagemesh_services.torch_support import load_module, pick_device, pick_dtyp
 TOKENIZERS: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
-class TorchTextModel:
+class Clip:
     """A CLIP text model with its tokenizer."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.layers: int = model.config.num_hidden_layers
+        self.window: int = tokenizer.model_max_length
         self._tokenizer = tokenizer
         self._turn = Lock()  # a call sets options of the tokenizer, which another thread's call may be using
         self._model = model
-        self._window: int = tokenizer.model_max_length
 
-    def tokenize(self, text: str) -> Tokens:
-        """A prompt longer than the window goes on in further windows, each with its own start and end."""
-        inner = self._window - 2
+    def windows(self, text: str) -> tuple[list[list[int]], int]:
+        """The windows' ids, and the tokens of the text itself; a long one goes on in windows with ends of their own."""
+        inner = self.window - 2
         ids = self._ids(text)
         start, end, pad = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
         windows = [ids[i : i + inner] for i in range(0, max(len(ids), 1), inner)]
-        rows = [[start, *window, end, *[pad] * (inner - len(window))] for window in windows]
-        return Tokens(np.array(rows, dtype=np.int64), len(ids))
+        return [[start, *window, end, *[pad] * (inner - len(window))] for window in windows], len(ids)
 
-    @torch.inference_mode()
-    def encode(self, tokens: Array, clip_skip: int) -> Array:
+    def normed(self, tokens: Array, clip_skip: int) -> torch.Tensor:
         """Like StableDiffusionPipeline.encode_prompt: the last norm is applied also where layers are skipped."""
-        ids = torch.from_numpy(tokens).to(self._model.device)
-        mask = self._attention_mask(ids)
+        found = self._run(tokens, every_layer=clip_skip > 0)
         if not clip_skip:
-            return to_numpy(self._model(ids, attention_mask=mask).last_hidden_state)
-        hidden = self._model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
-        return to_numpy(self._model.final_layer_norm(hidden))
+            last: torch.Tensor = found.last_hidden_state
+            return last
+        normed: torch.Tensor = self._model.final_layer_norm(found.hidden_states[-(clip_skip + 1)])
+        return normed
+
+    def penultimate(self, tokens: Array, clip_skip: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Like StableDiffusionXLPipeline.encode_prompt: counted from the last but one, without a norm; and pooled."""
+        found = self._run(tokens, every_layer=True)
+        return found.hidden_states[-(clip_skip + 2)], getattr(found, "text_embeds", None)
+
+    def _run(self, tokens: Array, *, every_layer: bool) -> Any:
+        ids = torch.from_numpy(tokens).to(self._model.device)
+        return self._model(ids, attention_mask=self._attention_mask(ids), output_hidden_states=every_layer)
 
     def _ids(self, text: str) -> list[int]:
         with self._turn:
@@ -60,6 +68,50 @@ class TorchTextModel:
         ends = (ids == self._tokenizer.eos_token_id).int().argmax(dim=1, keepdim=True)
         mask: torch.Tensor = torch.arange(ids.shape[1], device=ids.device) <= ends
         return mask.long()
+
+
+class TorchTextModel:
+    """The text encoder of Stable Diffusion 1.x and 2.x."""
+
+    skips_negative = True
+    zeroes_empty_negative = False
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self.layers = clip.layers
+
+    def tokenize(self, text: str) -> Tokens:
+        rows, count = self._clip.windows(text)
+        return Tokens(np.array(rows, dtype=np.int64), count)
+
+    @torch.inference_mode()
+    def encode(self, tokens: Array, clip_skip: int) -> Encoded:
+        return Encoded(to_numpy(self._clip.normed(tokens, clip_skip)))
+
+
+class TorchTextPair:
+    """The text encoders of Stable Diffusion XL: both, or the second alone (the refiner)."""
+
+    # The library's own reading: clip_skip is the prompt's alone.
+    skips_negative = False
+
+    def __init__(self, clips: Sequence[Clip], *, zeroes_empty_negative: bool) -> None:
+        self._clips = clips
+        self.layers = min(clip.layers for clip in clips)
+        self.zeroes_empty_negative = zeroes_empty_negative
+
+    def tokenize(self, text: str) -> Tokens:
+        parts = [clip.windows(text) for clip in self._clips]
+        rows = np.concatenate([np.array(windows, dtype=np.int64) for windows, _ in parts], axis=1)
+        return Tokens(rows, max(count for _, count in parts))
+
+    @torch.inference_mode()
+    def encode(self, tokens: Array, clip_skip: int) -> Encoded:
+        columns = np.split(tokens, len(self._clips), axis=1)
+        found = [clip.penultimate(ids, clip_skip) for clip, ids in zip(self._clips, columns, strict=True)]
+        pooled = found[-1][1]
+        embeds = torch.cat([hidden for hidden, _ in found], dim=-1)
+        return Encoded(to_numpy(embeds), None if pooled is None else to_numpy(pooled))
 
 
 class TorchTextEncoder:
@@ -77,16 +129,29 @@ class TorchTextEncoder:
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self._repository.folders().values(), _card)
 
-    def load(self, name: str) -> TorchTextModel:
-        path = self._repository.folders()[name].path
-        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-        return TorchTextModel(tokenizer, load_module(CLIPTextModel, path / "text_encoder", self._dtype, self._device))
+    def load(self, name: str) -> TorchTextModel | TorchTextPair:
+        folder = self._repository.folders()[name]
+        if not folder.has("text_encoder_2"):
+            return TorchTextModel(self._clip(folder, CLIPTextModel, ""))
+        clips = [self._clip(folder, CLIPTextModel, "")] if folder.has("text_encoder") else []
+        clips.append(self._clip(folder, CLIPTextModelWithProjection, "_2"))
+        if len({clip.window for clip in clips}) > 1:
+            raise FailedPrecondition(f"model {name}: its tokenizers have windows of different length")
+        zeroes = bool(folder.config.get("force_zeros_for_empty_prompt", True))
+        return TorchTextPair(clips, zeroes_empty_negative=zeroes)
+
+    def _clip(self, folder: ModelFolder, cls: Any, suffix: str) -> Clip:
+        tokenizer = CLIPTokenizer.from_pretrained(folder.path / f"tokenizer{suffix}")
+        return Clip(tokenizer, load_module(cls, folder.path / f"text_encoder{suffix}", self._dtype, self._device))
 
 
 def _card(folder: ModelFolder) -> ModelCard | None:
-    if not folder.has("text_encoder", "tokenizer"):
+    wanted = {"text_encoder": CLIPTextModel.__name__, "text_encoder_2": CLIPTextModelWithProjection.__name__}
+    found = {part: folder.config[part][1] for part in wanted if folder.has(part)}
+    if not found or any(folder.has(f"text_encoder_{i}") for i in (3, 4)):
         return None
-    encoder, tokenizer = (folder.config[part][1] for part in ("text_encoder", "tokenizer"))
-    if encoder != CLIPTextModel.__name__ or tokenizer not in TOKENIZERS:
-        return None  # T5 of the same folder layout, for one
-    return ModelCard(folder.name, {"class": encoder})
+    for part, cls in found.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if cls != wanted[part] or not folder.has(tokenizer) or folder.config[tokenizer][1] not in TOKENIZERS:
+            return None  # T5 of the same folder layout, for one
+    return ModelCard(folder.name, {"class": ", ".join(found.values())})

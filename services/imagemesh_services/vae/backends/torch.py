@@ -81,8 +81,11 @@ class TorchVae:
         return cards_of(self._repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchVaeModel:
-        path = self._repository.folders()[name].path
-        return TorchVaeModel(name, load_module(AutoencoderKL, path / "vae", self._dtype, self._device))
+        folder = self._repository.folders()[name]
+        # Such a VAE, SDXL's own for one, overflows in half precision.
+        upcast = folder.read("vae", "config.json").get("force_upcast", True) and self._dtype == torch.float16
+        dtype = torch.float32 if upcast else self._dtype
+        return TorchVaeModel(name, load_module(AutoencoderKL, folder.path / "vae", dtype, self._device))
 
 
 def _card(folder: ModelFolder) -> ModelCard | None:

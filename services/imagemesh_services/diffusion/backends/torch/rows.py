@@ -1,7 +1,7 @@
 """Several runs' parts of one forward, merged: the torch side of step batching."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ class StepRows:
     sample: torch.Tensor
     timestep: torch.Tensor
     prompts: torch.Tensor
+    # ``added_cond_kwargs`` of families that have such, each [rows, width].
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""One generation, evaluation by evaluation: what the UNet gets, and what becomes of its prediction."""
+
+from collections.abc import Hashable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines import PipelineState
+from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
+    StableDiffusionXLInpaintLoopAfterDenoiser,
+    StableDiffusionXLLoopAfterDenoiser,
+    StableDiffusionXLLoopBeforeDenoiser,
+)
+
+from imagemesh_runtime.errors import InvalidArgument, NotFinite
+from imagemesh_runtime.limits import check_range
+from imagemesh_runtime.tensors import Array, require_finite
+from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.backends.torch.families import added_conditions
+from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
+from imagemesh_services.diffusion.backends.torch.preview import clean_latents
+from imagemesh_services.diffusion.backends.torch.rows import StepRows
+from imagemesh_services.diffusion.backends.torch.start import Variation, from_image, from_noise
+from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
+from imagemesh_services.torch_support import to_numpy, to_torch
+
+# Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
+_MIN_LIMIT = 8192
+_BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
+_AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
+_AFTER_INPAINT_DENOISER = StableDiffusionXLInpaintLoopAfterDenoiser()
+
+
+class TorchRun:
+    """One generation: its own scheduler, guider, generators and block state; the UNet is shared."""
+
+    def __init__(self, components: SimpleNamespace, inputs: SampleInputs) -> None:
+        self.scheduler: str = type(components.scheduler).__name__
+        self._components = components
+        self._steps = inputs.steps_to_do
+        blends = inputs.image is not None and inputs.image.mask is not None and inputs.image.masked is None
+        self._after = _AFTER_INPAINT_DENOISER if blends else _AFTER_DENOISER
+        self._done = 0
+        self._passes: list[Any] = []
+        self._state = self._begin(inputs)
+        self._passes_of = self._conditions(inputs)
+        masked = getattr(self._state, "masked_image_latents", None)
+        # What a model made for inpainting sees besides the latents.
+        self._masked = None if masked is None else (self._state.mask, masked)
+        self.evaluations = len(self._state.timesteps)
+        self._watched = {"scheduler": components.scheduler, "guider": components.guider}
+        self._began = {name: snapshot(thing) for name, thing in self._watched.items()}
+        shapes = (self._state.latents.shape[1:], self._passes_of[-1]["prompt_embeds"].shape[1:])
+        self.key: Hashable = (*shapes, self._state.latents.dtype)
+
+    def check_timesteps(self) -> None:
+        """With ``steps_offset``, the largest step counts lead past what the model was trained on.
+
+        Raises:
+            InvalidArgument: they do.
+        """
+        trained = self._components.scheduler.config.num_train_timesteps
+        if float(self._state.timesteps.max()) >= trained:
+            raise InvalidArgument("steps", self._steps, f"fewer: the model was trained on timesteps below {trained}")
+
+    def embeddings(self) -> Array:
+        return self._all("prompt_embeds")
+
+    def added_conditions(self) -> Mapping[str, Array]:
+        return {name: self._all(name) for name in self._passes_of[0] if name != "prompt_embeds"}
+
+    def _all(self, name: str) -> Array:
+        return to_numpy(torch.cat([one[name] for one in self._passes_of]))
+
+    @torch.inference_mode()
+    def model_input(self) -> tuple[Array, float]:
+        timestep = self._state.timesteps[self._done]
+        _BEFORE_DENOISER(self._components, self._state, i=self._done, t=timestep)
+        rows = self._state.scaled_latents.repeat(len(self._passes_of), 1, 1, 1)
+        return to_numpy(rows), float(timestep)
+
+    def begin_step(self) -> StepRows:
+        """The guider's passes of the next evaluation, as rows of one forward."""
+        state, i = self._state, self._done
+        timestep = state.timesteps[i]
+        _BEFORE_DENOISER(self._components, state, i=i, t=timestep)
+        guider = self._components.guider
+        guider.set_state(step=i, num_inference_steps=self.evaluations, timestep=timestep)
+        names = list(self._passes_of[0])
+        self._passes = guider.prepare_inputs(
+            {name: tuple(one[name] for one in reversed(self._passes_of)) for name in names}
+        )
+        # The negative pass comes last from the guider and first in the rows, as in diffusers' classic pipelines.
+        given = {name: torch.cat([getattr(one, name) for one in reversed(self._passes)]) for name in names}
+        sample = state.scaled_latents
+        if self._masked is not None:
+            sample = torch.cat([sample, *self._masked], dim=1)
+        return StepRows(sample.repeat(len(self._passes), 1, 1, 1), timestep, given.pop("prompt_embeds"), given)
+
+    def finish_step(self, prediction: torch.Tensor) -> None:
+        """Guidance and the scheduler's step.
+
+        Raises:
+            NotFinite: the model's prediction isn't finite.
+        """
+        if not torch.isfinite(prediction).all():
+            raise NotFinite(self._components.name, f"predictions at evaluation {self._done + 1} of {self.evaluations}")
+        for one, part in zip(reversed(self._passes), prediction.chunk(len(self._passes)), strict=True):
+            one.noise_pred = part
+        self._state.noise_pred = self._components.guider(self._passes)[0]
+        self._after(self._components, self._state, i=self._done, t=self._state.timesteps[self._done])
+        self._done += 1
+
+    def steps_done(self) -> int:
+        """As StableDiffusionPipeline's progress bar counts: warm-up evaluations aside, ``order`` to a step."""
+        if self._done == self.evaluations:
+            return self._steps
+        order: int = self._components.scheduler.order
+        warmup = max(self.evaluations - self._steps * order, 0)
+        return max(self._done - warmup, 0) // order
+
+    def latents(self) -> Array:
+        if not torch.isfinite(self._state.latents).all():
+            raise NotFinite(self._components.name, "latents")
+        return to_numpy(self._state.latents)
+
+    def preview(self) -> Array:
+        state = self._state
+        timestep = float(state.timesteps[self._done - 1])
+        clean = clean_latents(self._components.scheduler, state.scaled_latents, state.noise_pred, timestep)
+        return to_numpy(clean if clean is not None else state.latents)
+
+    def checkpoint(self) -> Checkpoint:
+        packer = Packer({"latents": to_numpy(self._state.latents)})
+        state: dict[str, Any] = {}
+        for name, thing in self._watched.items():
+            packed = changes(thing, self._began[name])
+            state[name] = {key: packer.pack(value, f"{name}.{key}") for key, value in packed.items()}
+        for i, generator in enumerate(self._generators()):
+            packer.tensors[f"generator.{i}"] = generator.get_state().numpy()
+        return Checkpoint(self._done, state, packer.tensors)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        check_range("resume_from.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
+        latents = self._state.latents
+        limit = max(latents.numel(), 4 * self.evaluations, _MIN_LIMIT)
+        unpacker = Unpacker(dict(checkpoint.tensors), latents.device, limit)
+        found = unpacker.unpack({"tensor": "latents", "dtype": str(latents.dtype).removeprefix("torch.")}, FIELD)
+        if found.shape != latents.shape:
+            raise InvalidArgument(f"{FIELD}.tensors['latents'].shape", list(found.shape), str(list(latents.shape)))
+        require_finite(checkpoint.tensors["latents"], f"{FIELD}.tensors['latents']")
+        for name, thing in self._watched.items():
+            restore(thing, checkpoint.state.get(name, {}), unpacker, f"{FIELD}.state.{name}")
+        for i, generator in enumerate(self._generators()):
+            path = f"{FIELD}.tensors['generator.{i}']"
+            try:
+                generator.set_state(torch.from_numpy(unpacker.array(f"generator.{i}", "uint8", path).copy()))
+            except RuntimeError as error:
+                raise InvalidArgument(path, "these bytes", f"a generator's state ({error})") from error
+        self._state.latents, self._done = found, checkpoint.evaluation
+
+    def _generators(self) -> list[torch.Generator]:
+        given = self._state.generator
+        return list(given) if isinstance(given, list) else [given]
+
+    def _begin(self, inputs: SampleInputs) -> Any:
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
+        state = PipelineState()
+        values = {
+            "num_inference_steps": inputs.steps,
+            "height": inputs.height,
+            "width": inputs.width,
+            "generator": generators if len(generators) > 1 else generators[0],
+            "batch_size": len(generators),
+            "num_images_per_prompt": 1,
+            "dtype": self._components.unet.dtype,
+            "eta": inputs.scheduler.options.get("eta", 0.0) if inputs.scheduler else 0.0,
+        }
+        for name, value in values.items():
+            state.set(name, value)
+        with torch.inference_mode():
+            variation = Variation(inputs.variation_seeds, inputs.variation_strength)
+            if inputs.image is None:
+                from_noise(self._components, state, variation)
+            else:
+                from_image(self._components, state, inputs.image, variation, self._components.latent_scale)
+        return SimpleNamespace(**state.values)
+
+    def _conditions(self, inputs: SampleInputs) -> list[dict[str, torch.Tensor]]:
+        """What the model is told in each of the guider's passes, the negative one first, a row a picture."""
+        unet, family = self._components.unet, self._components.family
+        names = ["negative_prompt_embeds", "prompt_embeds"] if inputs.guided else ["prompt_embeds"]
+        return [
+            {
+                "prompt_embeds": to_torch(inputs.conditioning[name], unet.device, unet.dtype).repeat(
+                    len(inputs.seeds), 1, 1
+                ),
+                **added_conditions(family, inputs, unet, name),
+            }
+            for name in names
+        ]
