@@ -101,7 +101,7 @@ def _print_generation(generation: Generation, files: list[Path]) -> None:
 def classify(args: Namespace) -> int:
     """Name what is in pictures."""
     with Client(args.server, timeout=args.timeout) as client:
-        answers = client.classify(args.files, args.top_k, model=args.model)
+        answers = client.classify(args.files, args.top_k, threshold=args.threshold, model=args.model)
     pairs = list(zip(map(str, args.files), answers, strict=True))
     if args.json:
         print_json([{"file": file, **asdict(answer)} for file, answer in pairs])

@@ -115,6 +115,7 @@ def _scale_or_size(text: str) -> float | tuple[int, int]:
 def _classify(parser: ArgumentParser) -> None:
     parser.add_argument("files", type=_file, nargs="+", metavar="FILE")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels for each picture (default: 5)")
+    parser.add_argument("--threshold", type=float, default=0.0, metavar="P", help="leave out labels less probable")
     parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
     _client(parser)
 

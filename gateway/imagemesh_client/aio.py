@@ -10,9 +10,11 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_client import answers
 from imagemesh_client.images import ImageInput
+from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.requests import GenerateOptions, PoolingName, classify_request, embed_request, generate_request
 from imagemesh_client.types import Classification, Event, Generation, Models, Progress
 from imagemesh_runtime.client import Peer
+from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.tensors import Array, from_proto
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
@@ -78,12 +80,37 @@ class AsyncClient:
         return outcome.generation()
 
     async def classify(
-        self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, *, model: str = ""
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        top_k: int = 5,
+        *,
+        threshold: float = 0.0,
+        model: str = "",
     ) -> list[Classification]:
-        """Name what is in each picture with its ``top_k`` likeliest labels."""
-        request = await asyncio.to_thread(classify_request, images, top_k, model)
+        """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
+        request = await asyncio.to_thread(classify_request, images, top_k, threshold, model)
         peer, stub = self._connect()
         return answers.classifications(await peer.unary(stub.Classify, request))
+
+    async def classify_stream(
+        self, images: Iterable[ImageInput], top_k: int = 5, *, threshold: float = 0.0, model: str = ""
+    ) -> AsyncGenerator[Classification | MeshError, None]:
+        """Classify a list of any length, in its order; what is wrong with a picture comes in its place.
+
+        Pictures are read and sent as the mesh gets through them, so that ``images`` may be a generator. One that can't
+        be read ends the list with its error, after the answers for those before it.
+        """
+
+        def request(image: ImageInput) -> pb.ClassifyStreamRequest:
+            return pb.ClassifyStreamRequest(request=classify_request([image], top_k, threshold, model))
+
+        peer, stub = self._connect()
+        outgoing = Outgoing(images, request)
+        async with aclosing(peer.stream(stub.ClassifyStream, outgoing.requests())) as responses:
+            async for response in responses:
+                error = answers.stream_error(response)
+                yield error or answers.classifications(response.response)[0]
+        outgoing.check()
 
     async def embed(
         self,

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from google.rpc import status_pb2
+
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import model_service_pb2, vit_service_pb2
 from imagemesh_client.types import (
@@ -18,7 +20,7 @@ from imagemesh_client.types import (
     Result,
     Timing,
 )
-from imagemesh_runtime.errors import Unavailable
+from imagemesh_runtime.errors import RemoteError, Unavailable
 
 
 class Outcome:
@@ -97,6 +99,13 @@ def classifications(response: pb.ClassifyResponse) -> list[Classification]:
         Classification(response.model, response.backend, tuple(map(_prediction, classification.predictions)))
         for classification in response.classifications
     ]
+
+
+def stream_error(response: pb.ClassifyStreamResponse | pb.EmbedStreamResponse) -> RemoteError | None:
+    """Why this one of a stream's messages could not be answered; None: it was."""
+    if response.WhichOneof("outcome") == "response":
+        return None
+    return RemoteError(status_pb2.Status(code=response.error.code, message=response.error.message))
 
 
 def _prediction(prediction: vit_service_pb2.Prediction) -> Prediction:

@@ -193,10 +193,17 @@ def _source(options: MoreOptions) -> dict[str, Any]:
     }
 
 
-def classify_request(images: ImageInput | Iterable[ImageInput], top_k: int, model: str) -> pb.ClassifyRequest:
+def classify_request(
+    images: ImageInput | Iterable[ImageInput], top_k: int, threshold: float, model: str
+) -> pb.ClassifyRequest:
     """The request for ``classify``; reads files."""
     protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
-    return pb.ClassifyRequest(images=protos, top_k=_whole("top_k", top_k, UINT32), model=_text("model", model))
+    return pb.ClassifyRequest(
+        images=protos,
+        top_k=_whole("top_k", top_k, UINT32),
+        threshold=_number("threshold", threshold),
+        model=_text("model", model),
+    )
 
 
 def embed_request(

@@ -15,6 +15,7 @@ from imagemesh_client.answers import Outcome
 from imagemesh_client.images import ImageInput
 from imagemesh_client.requests import GenerateOptions, PoolingName
 from imagemesh_client.types import Classification, Event, Generation, Models, Progress
+from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.tensors import Array
 
 T = TypeVar("T")
@@ -65,10 +66,21 @@ class Client:
         return outcome.generation()
 
     def classify(
-        self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, *, model: str = ""
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        top_k: int = 5,
+        *,
+        threshold: float = 0.0,
+        model: str = "",
     ) -> list[Classification]:
-        """Name what is in each picture with its ``top_k`` likeliest labels."""
-        return self._thread.run(self._async.classify(images, top_k, model=model))
+        """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
+        return self._thread.run(self._async.classify(images, top_k, threshold=threshold, model=model))
+
+    def classify_stream(
+        self, images: Iterable[ImageInput], top_k: int = 5, *, threshold: float = 0.0, model: str = ""
+    ) -> Generator[Classification | MeshError, None, None]:
+        """Classify a list of any length, in its order; see ``AsyncClient.classify_stream``."""
+        return self._thread.iterate(self._async.classify_stream(images, top_k, threshold=threshold, model=model))
 
     def embed(
         self,

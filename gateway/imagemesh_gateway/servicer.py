@@ -11,6 +11,7 @@ from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.streaming import answers, as_fields
 
 
 class GatewayServicer(rpc.GatewayServiceServicer):
@@ -29,7 +30,9 @@ class GatewayServicer(rpc.GatewayServiceServicer):
     async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
         mesh = self._mesh
         model = await mesh.catalogue.find(mesh.vit, request.model)
-        asked = vit_service_pb2.ClassifyImagesRequest(model=model.name, images=request.images, top_k=request.top_k)
+        asked = vit_service_pb2.ClassifyImagesRequest(
+            model=model.name, images=request.images, top_k=request.top_k, threshold=request.threshold
+        )
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.ClassifyImages, asked)
         return pb.ClassifyResponse(classifications=answer.classifications, model=answer.model, backend=answer.backend)
@@ -43,6 +46,22 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.EmbedImages, asked)
         return pb.EmbedResponse(embeddings=answer.embeddings, model=answer.model, backend=answer.backend)
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any
+    ) -> AsyncIterator[pb.ClassifyStreamResponse]:
+        asked = (message.request async for message in request_iterator)
+        async with aclosing(answers(asked, lambda one: self.Classify(one, context))) as outcomes:
+            async for index, outcome in outcomes:
+                yield pb.ClassifyStreamResponse(index=index, **as_fields(outcome))
+
+    async def EmbedStream(
+        self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: Any
+    ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        asked = (message.request async for message in request_iterator)
+        async with aclosing(answers(asked, lambda one: self.Embed(one, context))) as outcomes:
+            async for index, outcome in outcomes:
+                yield pb.EmbedStreamResponse(index=index, **as_fields(outcome))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         models, unreachable = await self._mesh.models()

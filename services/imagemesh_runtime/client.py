@@ -1,7 +1,7 @@
 """Channels to other services: limits, trace, deadline and errors, the same for every call."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -77,13 +77,15 @@ class Peer:
         hop.bytes_received += response.ByteSize()
         return response
 
-    async def stream(self, method: Any, request: Message, hop: Hop | None = None) -> AsyncGenerator[Any, None]:
-        """Call a server-streaming method; errors as ``unary``.
+    async def stream(
+        self, method: Any, request: Message | AsyncIterator[Message], hop: Hop | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Call a method that streams its answers, and takes one request or several; errors as ``unary``.
 
         Closing the generator cancels the call: hold it in ``contextlib.aclosing``, or that is left to the collector.
         """
         hop = hop if hop is not None else Hop()
-        hop.bytes_sent += request.ByteSize()
+        hop.bytes_sent += request.ByteSize() if isinstance(request, Message) else 0
         with self.failures():
             call = method(request, timeout=self.timeout(), metadata=self.metadata())
         try:

@@ -88,6 +88,8 @@ BAD_FILES = {
     "empty": b"",
     "gif, which is not served": encoded(scene(), "GIF"),
     "decompression bomb": png_of_size(50_000, 50_000),
+    "20,000 x 20,000": png_of_size(20_000, 20_000),
+    "truncated jpeg": encoded(scene(), "JPEG")[:-200],
     "picture just over the limit": png_of_size(8193, 8192),
 }
 
@@ -119,6 +121,12 @@ async def test_unknown_pooling_is_refused(vit):
     error = await _refused(vit, "EmbedImages", [GOOD], pooling=7)
     assert _field(error) == "pooling"
     assert "POOLING_MEAN" in error.details()
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+async def test_a_threshold_that_is_no_probability_is_refused(vit, threshold):
+    error = await _refused(vit, "ClassifyImages", [GOOD], threshold=threshold)
+    assert _field(error) == "threshold"
 
 
 async def test_hidden_states_that_would_not_fit_the_answer_are_refused_before_the_work(models):

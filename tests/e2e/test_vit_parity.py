@@ -163,6 +163,15 @@ async def test_top_k_counts_labels(vit, top_k, count):
     assert len(answer.classifications[0].predictions) == count
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.08, 0.12, 1.0])
+async def test_threshold_leaves_out_what_is_less_probable(vit, name, reference, threshold):
+    request = pb.ClassifyImagesRequest(model=name, images=[_raw(SCENES[0])], top_k=10, threshold=threshold)
+    answer = await vit.ClassifyImages(request)
+    probabilities = torch.softmax(reference(SCENES[:1]).logits[0], dim=0)
+    wanted = {i for i, probability in enumerate(probabilities.tolist()) if probability >= threshold}
+    assert {one.index for one in answer.classifications[0].predictions} == wanted
+
+
 async def test_answers_name_model_and_backend(vit):
     images = [_raw(SCENES[0])]
     classified = await vit.ClassifyImages(pb.ClassifyImagesRequest(model="tiny-vit", images=images))
@@ -211,6 +220,23 @@ async def test_other_colour_modes_become_rgb(vit, reference, name, kind):
     picture = Image.fromarray(SCENES[0]).convert(kind)
     got = await _logits(vit, name, _file(encoded(picture, "JPEG" if kind == "CMYK" else "PNG")))
     np.testing.assert_allclose(got, reference([np.asarray(picture.convert("RGB"))]).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+async def test_of_an_animation_the_first_frame_is_seen(vit, reference, name, kind):
+    frames = [Image.fromarray(one) for one in (SCENES[0], 255 - SCENES[0])]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    got = await _logits(vit, name, _file(data))
+    np.testing.assert_allclose(got, reference(SCENES[:1]).logits, atol=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+async def test_a_single_pixel_is_a_picture(vit, reference, name, kind):
+    pixel = np.full((1, 1, 3), 200, np.uint8)
+    got = await _logits(vit, name, _file(encoded(pixel, kind)))
+    np.testing.assert_allclose(got, reference([pixel]).logits, atol=CLOSE)
 
 
 async def test_callers_at_the_same_time_get_their_own_answers(vit, reference, name):

@@ -123,4 +123,4 @@ def test_the_clients_public_names_are_these():
 
 def test_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Client, AsyncClient))
-    assert sync == aio == {"classify", "close", "embed", "generate", "models", "stream"}
+    assert sync == aio == {"classify", "classify_stream", "close", "embed", "generate", "models", "stream"}

@@ -2,8 +2,9 @@
 
 import asyncio
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -18,6 +19,7 @@ from imagemesh_runtime.images import decode
 from imagemesh_runtime.limits import MAX_IMAGES, check_range
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.streaming import answers, as_fields
 from imagemesh_runtime.tensors import Array, to_proto
 from imagemesh_services.vit.backend import Embedding, Pooling, VitModel
 from imagemesh_services.vit.config import VitConfig
@@ -60,11 +62,12 @@ class VitServicer(rpc.VitServiceServicer):
 
     async def ClassifyImages(self, request: pb.ClassifyImagesRequest, context: Any) -> pb.ClassifyImagesResponse:
         check_range("images", len(request.images), 1, MAX_IMAGES)
+        check_range("threshold", request.threshold, 0, 1)
         model = await self._models.get(request.model)
         pixels = await self._pixels(model, request.images)
         logits = np.concatenate(await submit_rows(self.batcher, _Key(request.model, pixels.shape[1:]), pixels))
         return pb.ClassifyImagesResponse(
-            classifications=[_classification(row, model.labels, request.top_k or DEFAULT_TOP_K) for row in logits],
+            classifications=[_classification(row, model.labels, request) for row in logits],
             model=request.model,
             backend=self._models.backend.name,
         )
@@ -85,6 +88,22 @@ class VitServicer(rpc.VitServiceServicer):
             model=request.model,
             backend=self._models.backend.name,
         )
+
+    async def ClassifyImageStream(
+        self, request_iterator: AsyncIterator[pb.ClassifyImageStreamRequest], context: Any
+    ) -> AsyncIterator[pb.ClassifyImageStreamResponse]:
+        asked = (message.request async for message in request_iterator)
+        async with aclosing(answers(asked, lambda one: self.ClassifyImages(one, context))) as outcomes:
+            async for index, outcome in outcomes:
+                yield pb.ClassifyImageStreamResponse(index=index, **as_fields(outcome))
+
+    async def EmbedImageStream(
+        self, request_iterator: AsyncIterator[pb.EmbedImageStreamRequest], context: Any
+    ) -> AsyncIterator[pb.EmbedImageStreamResponse]:
+        asked = (message.request async for message in request_iterator)
+        async with aclosing(answers(asked, lambda one: self.EmbedImages(one, context))) as outcomes:
+            async for index, outcome in outcomes:
+                yield pb.EmbedImageStreamResponse(index=index, **as_fields(outcome))
 
     async def _pixels(self, model: VitModel, images: Sequence[image_pb2.Image]) -> Array:
         """float32 [images, 3, h, w]: decoded and preprocessed beside the lane, which has forwards to do."""
@@ -125,12 +144,14 @@ def _joined(parts: Sequence[Embedding]) -> Embedding:
     return Embedding(vectors, np.concatenate(states) if states else None)
 
 
-def _classification(logits: Array, labels: Sequence[str], top_k: int) -> pb.Classification:
+def _classification(logits: Array, labels: Sequence[str], request: pb.ClassifyImagesRequest) -> pb.Classification:
     exponentials = np.exp(logits - logits.max())
     probabilities = exponentials / exponentials.sum()
-    best = np.argsort(-logits, kind="stable")[:top_k]
+    best = np.argsort(-logits, kind="stable")[: request.top_k or DEFAULT_TOP_K]
     predictions = [
-        pb.Prediction(label=labels[i], probability=probabilities[i], index=i, logit=logits[i]) for i in best.tolist()
+        pb.Prediction(label=labels[i], probability=probabilities[i], index=i, logit=logits[i])
+        for i in best.tolist()
+        if probabilities[i] >= request.threshold
     ]
     return pb.Classification(predictions=predictions)
 

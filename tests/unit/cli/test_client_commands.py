@@ -99,13 +99,13 @@ def test_generate_as_json(run: Run, tmp_path: Path) -> None:
 def test_classify_prints_labels(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "fox.png"
     file.write_bytes(png(1))
-    assert run("classify", file, "--top-k", 2, "--model", "vit-tiny") == (
+    assert run("classify", file, "--top-k", 2, "--threshold", 0.25, "--model", "vit-tiny") == (
         0,
         f"{file}: cat 75.0%\n{file}: dog 25.0%\n",
         "",
     )
     image = image_pb2.Image(encoded=png(1))
-    assert gateway.requests == [pb.ClassifyRequest(images=[image], top_k=2, model="vit-tiny")]
+    assert gateway.requests == [pb.ClassifyRequest(images=[image], top_k=2, threshold=0.25, model="vit-tiny")]
 
 
 def test_classify_as_json(run: Run, tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ class GatewayServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/imagemesh.v1.GatewayService/ClassifyStream',
+                request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamResponse.FromString,
+                _registered_method=True)
+        self.EmbedStream = channel.stream_stream(
+                '/imagemesh.v1.GatewayService/EmbedStream',
+                request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/imagemesh.v1.GatewayService/ListModels',
                 request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsRequest.SerializeToString,
@@ -82,6 +92,20 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClassifyStream(self, request_iterator, context):
+        """Classify for long lists: each message is answered by one, in order; a failure is its own message's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedStream(self, request_iterator, context):
+        """Embed for long lists, likewise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists what the mesh can run.
         """
@@ -106,6 +130,16 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedResponse.SerializeToString,
+            ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamResponse.SerializeToString,
+            ),
+            'EmbedStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EmbedStream,
+                    request_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -195,6 +229,60 @@ class GatewayService:
             '/imagemesh.v1.GatewayService/Embed',
             imagemesh_dot_v1_dot_gateway__service__pb2.EmbedRequest.SerializeToString,
             imagemesh_dot_v1_dot_gateway__service__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/imagemesh.v1.GatewayService/ClassifyStream',
+            imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamRequest.SerializeToString,
+            imagemesh_dot_v1_dot_gateway__service__pb2.ClassifyStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/imagemesh.v1.GatewayService/EmbedStream',
+            imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamRequest.SerializeToString,
+            imagemesh_dot_v1_dot_gateway__service__pb2.EmbedStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class GatewayServiceStub:
     """Names what is in pictures."""
     Embed: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.EmbedRequest, _gateway_service_pb2.EmbedResponse]
     """Turns pictures into vectors."""
+    ClassifyStream: _grpc.StreamStreamMultiCallable[_gateway_service_pb2.ClassifyStreamRequest, _gateway_service_pb2.ClassifyStreamResponse]
+    """Classify for long lists: each message is answered by one, in order; a failure is its own message's."""
+    EmbedStream: _grpc.StreamStreamMultiCallable[_gateway_service_pb2.EmbedStreamRequest, _gateway_service_pb2.EmbedStreamResponse]
+    """Embed for long lists, likewise."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.ListModelsRequest, _gateway_service_pb2.ListModelsResponse]
     """Lists what the mesh can run."""
 
@@ -53,6 +57,10 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """Names what is in pictures."""
     Embed: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.EmbedRequest, _gateway_service_pb2.EmbedResponse]  # type: ignore[assignment]
     """Turns pictures into vectors."""
+    ClassifyStream: _aio.StreamStreamMultiCallable[_gateway_service_pb2.ClassifyStreamRequest, _gateway_service_pb2.ClassifyStreamResponse]  # type: ignore[assignment]
+    """Classify for long lists: each message is answered by one, in order; a failure is its own message's."""
+    EmbedStream: _aio.StreamStreamMultiCallable[_gateway_service_pb2.EmbedStreamRequest, _gateway_service_pb2.EmbedStreamResponse]  # type: ignore[assignment]
+    """Embed for long lists, likewise."""
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.ListModelsRequest, _gateway_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists what the mesh can run."""
 
@@ -82,6 +90,22 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_service_pb2.EmbedResponse, _abc.Awaitable[_gateway_service_pb2.EmbedResponse]]:
         """Turns pictures into vectors."""
+
+    @_abc_1.abstractmethod
+    def ClassifyStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gateway_service_pb2.ClassifyStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_service_pb2.ClassifyStreamResponse], _abc.AsyncIterator[_gateway_service_pb2.ClassifyStreamResponse]]:
+        """Classify for long lists: each message is answered by one, in order; a failure is its own message's."""
+
+    @_abc_1.abstractmethod
+    def EmbedStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gateway_service_pb2.EmbedStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_service_pb2.EmbedStreamResponse], _abc.AsyncIterator[_gateway_service_pb2.EmbedStreamResponse]]:
+        """Embed for long lists, likewise."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -26,7 +26,9 @@ class Image(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     PIXELS_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
-    """A PNG, JPEG or WebP file. EXIF orientation is applied; transparency is laid over white."""
+    """A PNG, JPEG or WebP file. EXIF orientation is applied; transparency is laid over white;
+    of an animation the first frame is seen.
+    """
     @_builtins.property
     def pixels(self) -> _tensor_pb2.Tensor:
         """DTYPE_UINT8, shape [height, width, 3], RGB."""

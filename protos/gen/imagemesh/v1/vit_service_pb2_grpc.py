@@ -45,6 +45,16 @@ class VitServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesResponse.FromString,
                 _registered_method=True)
+        self.ClassifyImageStream = channel.stream_stream(
+                '/imagemesh.v1.VitService/ClassifyImageStream',
+                request_serializer=imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamResponse.FromString,
+                _registered_method=True)
+        self.EmbedImageStream = channel.stream_stream(
+                '/imagemesh.v1.VitService/EmbedImageStream',
+                request_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.FromString,
+                _registered_method=True)
 
 
 class VitServiceServicer:
@@ -65,6 +75,20 @@ class VitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClassifyImageStream(self, request_iterator, context):
+        """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedImageStream(self, request_iterator, context):
+        """EmbedImages for long lists, likewise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VitServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_VitServiceServicer_to_server(servicer, server):
                     servicer.EmbedImages,
                     request_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesResponse.SerializeToString,
+            ),
+            'ClassifyImageStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyImageStream,
+                    request_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamResponse.SerializeToString,
+            ),
+            'EmbedImageStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EmbedImageStream,
+                    request_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class VitService:
             '/imagemesh.v1.VitService/EmbedImages',
             imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesRequest.SerializeToString,
             imagemesh_dot_v1_dot_vit__service__pb2.EmbedImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyImageStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/imagemesh.v1.VitService/ClassifyImageStream',
+            imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamRequest.SerializeToString,
+            imagemesh_dot_v1_dot_vit__service__pb2.ClassifyImageStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedImageStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/imagemesh.v1.VitService/EmbedImageStream',
+            imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.SerializeToString,
+            imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

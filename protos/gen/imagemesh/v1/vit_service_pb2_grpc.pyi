@@ -37,6 +37,10 @@ class VitServiceStub:
     """Names what is in pictures: the labels most likely, each with its logit and probability."""
     EmbedImages: _grpc.UnaryUnaryMultiCallable[_vit_service_pb2.EmbedImagesRequest, _vit_service_pb2.EmbedImagesResponse]
     """Turns pictures into vectors."""
+    ClassifyImageStream: _grpc.StreamStreamMultiCallable[_vit_service_pb2.ClassifyImageStreamRequest, _vit_service_pb2.ClassifyImageStreamResponse]
+    """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's."""
+    EmbedImageStream: _grpc.StreamStreamMultiCallable[_vit_service_pb2.EmbedImageStreamRequest, _vit_service_pb2.EmbedImageStreamResponse]
+    """EmbedImages for long lists, likewise."""
 
 @_typing.type_check_only
 class VitServiceAsyncStub(VitServiceStub):
@@ -47,6 +51,10 @@ class VitServiceAsyncStub(VitServiceStub):
     """Names what is in pictures: the labels most likely, each with its logit and probability."""
     EmbedImages: _aio.UnaryUnaryMultiCallable[_vit_service_pb2.EmbedImagesRequest, _vit_service_pb2.EmbedImagesResponse]  # type: ignore[assignment]
     """Turns pictures into vectors."""
+    ClassifyImageStream: _aio.StreamStreamMultiCallable[_vit_service_pb2.ClassifyImageStreamRequest, _vit_service_pb2.ClassifyImageStreamResponse]  # type: ignore[assignment]
+    """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's."""
+    EmbedImageStream: _aio.StreamStreamMultiCallable[_vit_service_pb2.EmbedImageStreamRequest, _vit_service_pb2.EmbedImageStreamResponse]  # type: ignore[assignment]
+    """EmbedImages for long lists, likewise."""
 
 class VitServiceServicer(metaclass=_abc_1.ABCMeta):
     """Understands pictures with a Vision Transformer (https://arxiv.org/abs/2010.11929)."""
@@ -66,5 +74,21 @@ class VitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vit_service_pb2.EmbedImagesResponse, _abc.Awaitable[_vit_service_pb2.EmbedImagesResponse]]:
         """Turns pictures into vectors."""
+
+    @_abc_1.abstractmethod
+    def ClassifyImageStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_vit_service_pb2.ClassifyImageStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_vit_service_pb2.ClassifyImageStreamResponse], _abc.AsyncIterator[_vit_service_pb2.ClassifyImageStreamResponse]]:
+        """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's."""
+
+    @_abc_1.abstractmethod
+    def EmbedImageStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_vit_service_pb2.EmbedImageStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_vit_service_pb2.EmbedImageStreamResponse], _abc.AsyncIterator[_vit_service_pb2.EmbedImageStreamResponse]]:
+        """EmbedImages for long lists, likewise."""
 
 def add_VitServiceServicer_to_server(servicer: VitServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
