@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from PIL import Image
 
 # Before anything imports torch: the tests' threads share their cores with others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Gateways keep their jobs there; the tests' ones must not find each other's, nor the user's.
+_STATE = tempfile.TemporaryDirectory(prefix="imagemesh-state-", ignore_cleanup_errors=True)
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 
 @pytest.fixture(scope="session")

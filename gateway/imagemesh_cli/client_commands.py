@@ -8,50 +8,60 @@ from pathlib import Path
 import numpy as np
 
 from imagemesh_cli.console import complain, print_json, print_table, progress_bar
-from imagemesh_client import Client, Control, Generation, Hires
+from imagemesh_client import Client, Control, GenerateOptions, Generation, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
 
 def generate(args: Namespace) -> int:
     """Make pictures of a prompt and write them to files."""
-    controls = _controls(args)
+    options = generation_options(args)
     with Client(args.server, timeout=args.timeout) as client, progress_bar("generating") as show:
-        generation = client.generate(
-            args.prompt,
-            negative_prompt=args.negative,
-            model=args.model,
-            seed=args.seed,
-            steps=args.steps,
-            guidance=args.guidance,
-            width=args.size[0] if args.size else None,
-            height=args.size[1] if args.size else None,
-            scheduler=args.scheduler,
-            scheduler_options=dict(args.scheduler_option),
-            n=args.n,
-            clip_skip=args.clip_skip,
-            controls=controls,
-            image=args.image,
-            strength=args.strength,
-            mask=args.mask,
-            invert_mask=args.invert_mask,
-            mask_blur=args.mask_blur,
-            keep_unmasked=args.keep_unmasked,
-            mask_padding=args.mask_padding,
-            hires=_hires(args),
-            priority=args.priority,
-            variation_strength=args.variation_strength,
-            variation_seed=args.variation_seed,
-            on_progress=show,
-        )
-    files = [
-        image.save(path)
-        for image, path in zip(generation.images, _paths(args.output, len(generation.images)), strict=True)
-    ]
-    if args.json:
+        generation = client.generate(args.prompt, **options, on_progress=show)
+    tell_generation(generation, save(generation, args.output), args.json)
+    return 0
+
+
+def save(generation: Generation, output: Path) -> list[Path]:
+    """Write the pictures; the answer is where."""
+    paths = _paths(output, len(generation.images))
+    return [image.save(path) for image, path in zip(generation.images, paths, strict=True)]
+
+
+def tell_generation(generation: Generation, files: list[Path], as_json: bool) -> None:
+    """What was made, and where it is."""
+    if as_json:
         print_json(_generation_json(generation, files))
     else:
         _print_generation(generation, files)
-    return 0
+
+
+def generation_options(args: Namespace) -> GenerateOptions:
+    """The options of a generation that the command was given."""
+    return GenerateOptions(
+        negative_prompt=args.negative,
+        model=args.model,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        width=args.size[0] if args.size else None,
+        height=args.size[1] if args.size else None,
+        scheduler=args.scheduler,
+        scheduler_options=dict(args.scheduler_option),
+        n=args.n,
+        clip_skip=args.clip_skip,
+        controls=_controls(args),
+        image=args.image,
+        strength=args.strength,
+        mask=args.mask,
+        invert_mask=args.invert_mask,
+        mask_blur=args.mask_blur,
+        keep_unmasked=args.keep_unmasked,
+        mask_padding=args.mask_padding,
+        hires=_hires(args),
+        priority=args.priority,
+        variation_strength=args.variation_strength,
+        variation_seed=args.variation_seed,
+    )
 
 
 def _controls(args: Namespace) -> list[Control]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from imagemesh_cli.rooms import SERVICES
 
 DEFAULT_SERVER = "127.0.0.1:50050"
+STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+_JOBS_HELP = "Generations that the gateway keeps: they outlive the call that asked for them, and a restart."
 
 
 def build_parser() -> ArgumentParser:
@@ -27,6 +29,7 @@ def build_parser() -> ArgumentParser:
     _generate(command("generate", "client_commands:generate", "make pictures of a prompt"))
     _classify(command("classify", "client_commands:classify", "name what is in pictures"))
     _embed(command("embed", "client_commands:embed", "turn pictures into vectors"))
+    _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
     return parser
 
@@ -72,9 +75,46 @@ def _client(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
+    _output(parser, required=True)
+    _generation(parser)
+    _client(parser)
+
+
+def _output(parser: ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "-o", "--output", type=_picture_to_write, required=required, metavar="FILE",
+        help="where to write the picture; of several FILE-0, FILE-1...",
+    )  # fmt: skip
+
+
+def _jobs(parser: ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: str, help: str) -> ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=f"job_commands:{run}")
+        return added
+
+    create = command("create", "create_job", "have pictures made, and do not wait for them")
+    create.add_argument("--key", default="", metavar="TEXT", help="idempotency key: the same again is the same job")
+    create.add_argument("--finish-within", type=float, metavar="SECONDS", help="fail after that (default: never)")
+    create.add_argument("--keep-for", type=float, metavar="SECONDS", help="once it is finished")
+    _generation(create)
+    listing = command("list", "list_jobs", "list jobs, the newest first")
+    listing.add_argument("--state", action="append", default=[], choices=STATES, help="repeatable (default: all)")
+    listing.add_argument("--limit", type=int, default=50, metavar="N", help="default: 50")
+    watch = command("watch", "watch_job", "follow a job to its end, and write its pictures")
+    _output(watch, required=False)
+    cancel = command("cancel", "cancel_job", "cancel a job that is not finished")
+    for parser_of_one in (watch, cancel):
+        parser_of_one.add_argument("job", metavar="ID")
+    for each in (create, listing, watch, cancel):
+        _client(each)
+
+
+def _generation(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT")
-    add("-o", "--output", type=_picture_to_write, required=True, metavar="FILE", help="with -n: FILE-0, FILE-1...")
     add("--negative", default="", metavar="PROMPT", help="what not to show")
     add("--seed", type=int, metavar="N", help="picture i takes seed + i (default: drawn)")
     add("--variation-strength", type=float, default=0.0, metavar="X", help="0 to 1: a picture much like the seed's")
@@ -105,7 +145,6 @@ def _generate(parser: ArgumentParser) -> None:
     add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for the control")
     add("--control-scale", type=float, action="append", default=[], metavar="X", help="its weight (default: 1)")
     add("--priority", choices=["interactive", "normal", "batch"], help="who goes first (default: normal)")
-    _client(parser)
 
 
 def _scale_or_size(text: str) -> float | tuple[int, int]:

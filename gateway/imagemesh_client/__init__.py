@@ -11,6 +11,7 @@ what is wrong with which field or service, and ``to_status().details`` holds the
 
 from imagemesh_client.aio import AsyncClient
 from imagemesh_client.images import ImageInput
+from imagemesh_client.job_types import Job, JobFailure, JobOptions
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync import Client
 from imagemesh_client.types import (
@@ -44,6 +45,9 @@ __all__ = [
     "Hires",
     "ImageInput",
     "InvalidArgument",
+    "Job",
+    "JobFailure",
+    "JobOptions",
     "MeshError",
     "Model",
     "Models",

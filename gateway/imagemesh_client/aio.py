@@ -9,6 +9,7 @@ from typing import Self, Unpack
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_client import answers
+from imagemesh_client.aio_jobs import AsyncJobs
 from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.requests import GenerateOptions, PoolingName, classify_request, embed_request, generate_request
@@ -37,6 +38,8 @@ class AsyncClient:
         self._max_message_bytes = max_message_bytes
         self._connection: tuple[Peer, rpc.GatewayServiceStub] | None = None
         self._closed = False
+        # Generations that the gateway keeps.
+        self.jobs = AsyncJobs(lambda: self._connect()[0], timeout)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,24 +1,20 @@
 """The client for callers without an event loop: the async one, on a thread of its own."""
 
-import asyncio
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from concurrent.futures import Future
-from contextlib import aclosing, closing
-from queue import SimpleQueue
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 from imagemesh_client.aio import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient
 from imagemesh_client.answers import Outcome
 from imagemesh_client.images import ImageInput
+from imagemesh_client.loop_thread import LoopThread
 from imagemesh_client.requests import GenerateOptions, PoolingName
+from imagemesh_client.sync_jobs import Jobs
 from imagemesh_client.types import Classification, Event, Generation, Models, Progress
 from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.tensors import Array
-
-T = TypeVar("T")
 
 
 class Client:
@@ -31,7 +27,8 @@ class Client:
         self, address: str = DEFAULT_ADDRESS, *, timeout: float = 600.0, max_message_bytes: int = MAX_MESSAGE_BYTES
     ) -> None:
         self._async = AsyncClient(address, timeout=timeout, max_message_bytes=max_message_bytes)
-        self._thread = _LoopThread(self._async)
+        self._thread = LoopThread(self._async)
+        self.jobs = Jobs(self._async.jobs, self._thread)
         # Also at interpreter exit, since a forgotten client must not die in the middle of its loop.
         self._close = weakref.finalize(self, self._thread.stop)
 
@@ -96,57 +93,3 @@ class Client:
     def models(self) -> Models:
         """List what the mesh can run."""
         return self._thread.run(self._async.models())
-
-
-class _LoopThread:
-    """An event loop on a thread of its own, with the client that lives there."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._stopping = asyncio.Event()
-        self._started: Future[asyncio.AbstractEventLoop] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="imagemesh-client", daemon=True)
-        self._thread.start()
-        self._loop = self._started.result()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for the coroutine; an interrupted wait cancels it."""
-        future = self._submit(coroutine)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
-
-    def iterate(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-        """The items of ``source``, which is left when this generator is."""
-        items: SimpleQueue[T | None] = SimpleQueue()
-
-        async def pump() -> None:
-            async with aclosing(source):
-                async for item in source:
-                    items.put(item)
-
-        future = self._submit(pump())
-        future.add_done_callback(lambda _: items.put(None))
-        try:
-            while (item := items.get()) is not None:
-                yield item
-            future.result()
-        finally:
-            future.cancel()
-
-    def stop(self) -> None:
-        """Close the client, cancel what still runs, end the thread."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
-
-    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        if not self._thread.is_alive():
-            coroutine.close()
-            raise RuntimeError("this client is closed")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    async def _live(self) -> None:
-        async with self._client:
-            self._started.set_result(asyncio.get_running_loop())
-            await self._stopping.wait()

@@ -37,3 +37,12 @@ class GatewayConfig(ServerConfig):
     catalogue_timeout_seconds: float = 5.0
     # How long its answer is believed.
     catalogue_ttl_seconds: float = 10.0
+    # Where jobs and their pictures are kept; empty: in a folder of the user's state.
+    jobs_folder: str = ""
+    # Jobs that are run at a time; the services batch what fits together.
+    max_running_jobs: int = 4
+    # Jobs that may wait; one more is refused with a time to come back.
+    max_queued_jobs: int = 1000
+    # How long a finished job and its pictures are kept, and how long one may ask for.
+    job_retention_seconds: float = 86400.0
+    max_job_retention_seconds: float = 7 * 86400.0

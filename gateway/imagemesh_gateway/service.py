@@ -7,9 +7,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh.v1 import job_service_pb2_grpc
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import Guard, HttpLimits
+from imagemesh_gateway.jobs.service import Jobs
+from imagemesh_gateway.jobs.servicer import JobServicer
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
@@ -24,6 +27,10 @@ class GatewayServer(MeshServer):
         self._mesh = mesh
         self.add(
             rpc.add_GatewayServiceServicer_to_server, GatewayServicer(mesh, metrics), "imagemesh.v1.GatewayService"
+        )
+        self._jobs = Jobs(config, mesh, metrics)
+        self.add(
+            job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"
         )
         app = Guard(create_app(mesh, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
         host, _, port = config.http_listen.rpartition(":")
@@ -44,6 +51,7 @@ class GatewayServer(MeshServer):
 
     async def start(self) -> None:
         """Bind both faces; ready when both listen."""
+        await self._jobs.start()
         await super().start()
         self._http_task = asyncio.create_task(self._http.serve())
         await self._http.wait_started(self._http_task)
@@ -53,13 +61,16 @@ class GatewayServer(MeshServer):
         """Turn new callers away, let calls under way end, close the channels."""
         self._http.should_exit = True
         try:
-            await super().stop()
+            await asyncio.gather(super().stop(), self._jobs.drain(self._config.drain_grace_seconds))
         finally:
             try:
                 if self._http_task is not None:
                     await self._http_task
             finally:
-                await self._mesh.close()
+                try:
+                    await self._jobs.stop()
+                finally:
+                    await self._mesh.close()
 
 
 class _EmbeddedUvicorn(uvicorn.Server):

@@ -3,6 +3,7 @@
 MeshError                  INTERNAL
 ├── InvalidArgument        INVALID_ARGUMENT      BadRequest: field, value, what is allowed
 ├── NotFound               NOT_FOUND             ResourceInfo: kind and name; the message lists what exists
+├── AlreadyExists          ALREADY_EXISTS        ResourceInfo: kind and name
 ├── Overloaded             RESOURCE_EXHAUSTED    RetryInfo: when to come back
 │   └── TooMuchAhead       RESOURCE_EXHAUSTED    RetryInfo: when to come back
 ├── TooLarge               RESOURCE_EXHAUSTED
@@ -87,6 +88,19 @@ class NotFound(MeshError):
     def __init__(self, kind: str, name: str, available: Iterable[str]) -> None:
         self.kind, self.name = kind, name
         super().__init__(f"{kind} {shorten(name)} not found; available: {_listed(sorted(available))}")
+
+    def details(self) -> Sequence[Message]:
+        return (error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name[:_SHOWN]),)
+
+
+class AlreadyExists(MeshError):
+    """A name that the request gives to something new belongs to something else."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+    def __init__(self, kind: str, name: str, owner: str) -> None:
+        self.kind, self.name = kind, name
+        super().__init__(f"{kind} {shorten(name)} is taken by {owner}")
 
     def details(self) -> Sequence[Message]:
         return (error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name[:_SHOWN]),)

@@ -13,6 +13,8 @@ import pytest
 import imagemesh_client
 from imagemesh_cli.rooms import SERVICES
 from imagemesh_client import AsyncClient, Client
+from imagemesh_client.aio_jobs import AsyncJobs
+from imagemesh_client.sync_jobs import Jobs
 from tests.support import sizes
 from tests.support.sizes import ROOT
 
@@ -61,7 +63,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    names = {room.name for room in ROOMS} | {"gateway", "model"}
+    names = {room.name for room in ROOMS} | {"gateway", "job", "model"}
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 
 
@@ -111,8 +113,9 @@ def test_every_module_says_what_it_is_for():
 
 PUBLIC = [
     "AsyncClient", "Classification", "Client", "Control", "DeadlineExceeded", "Event", "GenerateOptions",
-    "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "MeshError", "Model", "Models",
-    "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result", "Timing", "Unavailable",
+    "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
+    "MeshError", "Model", "Models", "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result", "Timing",
+    "Unavailable",
 ]  # fmt: skip
 
 
@@ -124,3 +127,8 @@ def test_the_clients_public_names_are_these():
 def test_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Client, AsyncClient))
     assert sync == aio == {"classify", "classify_stream", "close", "embed", "generate", "models", "stream"}
+
+
+def test_the_jobs_of_both_clients_have_the_same_methods():
+    sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Jobs, AsyncJobs))
+    assert sync == aio == {"cancel", "create", "get", "list", "wait", "watch"}
