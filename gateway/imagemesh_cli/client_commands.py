@@ -111,7 +111,7 @@ def _print_generation(generation: Generation, files: list[Path]) -> None:
 def classify(args: Namespace) -> int:
     """Name what is in pictures."""
     with Client(args.server, timeout=args.timeout) as client:
-        answers = client.classify(args.files, args.top_k, threshold=args.threshold, model=args.model)
+        answers = client.classify(args.files, args.top_k, threshold=args.threshold, size=args.size, model=args.model)
     pairs = list(zip(map(str, args.files), answers, strict=True))
     if args.json:
         print_json([{"file": file, **asdict(answer)} for file, answer in pairs])
@@ -125,12 +125,19 @@ def classify(args: Namespace) -> int:
 def embed(args: Namespace) -> int:
     """Turn pictures into vectors."""
     with Client(args.server, timeout=args.timeout) as client:
-        vectors = client.embed(args.files, args.pooling, args.normalize, model=args.model)
+        answer = client.embed(
+            args.files, args.pooling, args.normalize, dtype=args.dtype, size=args.size, model=args.model,
+            attention_maps=args.attention is not None,
+        )  # fmt: skip
     if args.output is not None:
-        np.save(args.output, vectors)
-    pairs = list(zip(map(str, args.files), vectors, strict=True))
+        np.save(args.output, answer.vectors)
+    if args.attention is not None:
+        for path, png in zip(_paths(args.attention, len(args.files)), answer.attention_maps, strict=True):
+            path.write_bytes(png)
+    pairs = list(zip(map(str, args.files), answer.as_float32(), strict=True))
     if args.json:
-        print_json([{"file": file, "embedding": vector.tolist()} for file, vector in pairs])
+        made = {"model": answer.model, "backend": answer.backend}
+        print_json([{"file": file, **made, "embedding": vector.tolist()} for file, vector in pairs])
         return 0
     for file, vector in pairs:
         start = " ".join(f"{value:.4f}" for value in vector[:4])

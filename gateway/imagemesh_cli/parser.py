@@ -155,13 +155,23 @@ def _classify(parser: ArgumentParser) -> None:
     parser.add_argument("files", type=_file, nargs="+", metavar="FILE")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels for each picture (default: 5)")
     parser.add_argument("--threshold", type=float, default=0.0, metavar="P", help="leave out labels less probable")
+    parser.add_argument(
+        "--size", type=int, default=0, metavar="PIXELS", help="side to see pictures at (default: trained)"
+    )
     parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
     _client(parser)
 
 
 def _embed(parser: ArgumentParser) -> None:
     parser.add_argument("files", type=_file, nargs="+", metavar="FILE")
-    parser.add_argument("--pooling", choices=["cls", "mean"], default="cls", help="default: cls")
+    parser.add_argument("--pooling", choices=["cls", "mean"], default="auto", help="default: cls where there is one")
+    parser.add_argument("--dtype", choices=["float32", "float16", "int8"], default="float32", help="default: float32")
+    parser.add_argument(
+        "--size", type=int, default=0, metavar="PIXELS", help="side to see pictures at (default: trained)"
+    )
+    parser.add_argument(
+        "--attention", type=_file_to_write, metavar="FILE.png", help="write what the class token looks at"
+    )
     parser.add_argument("--normalize", action="store_true", help="divide each vector by its length")
     parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
     parser.add_argument("-o", "--output", type=_file_to_write, metavar="FILE.npy", help="write the vectors for numpy")

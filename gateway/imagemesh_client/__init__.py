@@ -17,6 +17,7 @@ from imagemesh_client.sync import Client
 from imagemesh_client.types import (
     Classification,
     Control,
+    Embeddings,
     Event,
     GeneratedImage,
     Generation,
@@ -30,6 +31,7 @@ from imagemesh_client.types import (
     Result,
     Timing,
 )
+from imagemesh_client.vision import EmbedOptions
 from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError, RemoteError, Unavailable
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "Client",
     "Control",
     "DeadlineExceeded",
+    "EmbedOptions",
+    "Embeddings",
     "Event",
     "GenerateOptions",
     "GeneratedImage",

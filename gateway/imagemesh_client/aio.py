@@ -12,11 +12,11 @@ from imagemesh_client import answers
 from imagemesh_client.aio_jobs import AsyncJobs
 from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
-from imagemesh_client.requests import GenerateOptions, PoolingName, classify_request, embed_request, generate_request
-from imagemesh_client.types import Classification, Event, Generation, Models, Progress
+from imagemesh_client.requests import GenerateOptions, generate_request
+from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress
+from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import MeshError
-from imagemesh_runtime.tensors import Array, from_proto
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 MAX_MESSAGE_BYTES = 256 << 20
@@ -88,15 +88,22 @@ class AsyncClient:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
+        size: int = 0,
         model: str = "",
     ) -> list[Classification]:
         """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
-        request = await asyncio.to_thread(classify_request, images, top_k, threshold, model)
+        request = await asyncio.to_thread(classify_request, images, top_k, threshold, size, model)
         peer, stub = self._connect()
         return answers.classifications(await peer.unary(stub.Classify, request))
 
     async def classify_stream(
-        self, images: Iterable[ImageInput], top_k: int = 5, *, threshold: float = 0.0, model: str = ""
+        self,
+        images: Iterable[ImageInput],
+        top_k: int = 5,
+        *,
+        threshold: float = 0.0,
+        size: int = 0,
+        model: str = "",
     ) -> AsyncGenerator[Classification | MeshError, None]:
         """Classify a list of any length, in its order; what is wrong with a picture comes in its place.
 
@@ -105,35 +112,50 @@ class AsyncClient:
         """
 
         def request(image: ImageInput) -> pb.ClassifyStreamRequest:
-            return pb.ClassifyStreamRequest(request=classify_request([image], top_k, threshold, model))
+            return pb.ClassifyStreamRequest(request=classify_request([image], top_k, threshold, size, model))
 
         peer, stub = self._connect()
         outgoing = Outgoing(images, request)
         async with aclosing(peer.stream(stub.ClassifyStream, outgoing.requests())) as responses:
             async for response in responses:
-                error = answers.stream_error(response)
-                yield error or answers.classifications(response.response)[0]
+                yield answers.stream_error(response) or answers.classifications(response.response)[0]
         outgoing.check()
 
     async def embed(
         self,
         images: ImageInput | Iterable[ImageInput],
-        pooling: PoolingName = "cls",
+        pooling: PoolingName = "auto",
         normalize: bool = False,
-        *,
-        model: str = "",
-    ) -> Array:
-        """Turn pictures into vectors: float32 [pictures, width].
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Turn pictures into vectors.
 
         Args:
-            pooling: "cls", the class token, or "mean", the mean of the patch tokens.
+            pooling: "cls", the class token, "mean", the mean of the patch tokens, or "auto", the first that it has.
             normalize: divide each vector by its Euclidean length.
         """
-        request = await asyncio.to_thread(embed_request, images, pooling, normalize, model)
+        request = await asyncio.to_thread(embed_request, images, pooling, normalize, **options)
         peer, stub = self._connect()
-        response = await peer.unary(stub.Embed, request)
-        shape = (len(request.images), None)
-        return from_proto(response.embeddings, "embeddings", dtypes=["float32"], shape=shape).copy()
+        return answers.embeddings(await peer.unary(stub.Embed, request), len(request.images))
+
+    async def embed_stream(
+        self,
+        images: Iterable[ImageInput],
+        pooling: PoolingName = "auto",
+        normalize: bool = False,
+        **options: Unpack[EmbedOptions],
+    ) -> AsyncGenerator[Embeddings | MeshError, None]:
+        """Embed a list of any length, one picture after another; see ``classify_stream``."""
+
+        def request(image: ImageInput) -> pb.EmbedStreamRequest:
+            return pb.EmbedStreamRequest(request=embed_request([image], pooling, normalize, **options))
+
+        peer, stub = self._connect()
+        outgoing = Outgoing(images, request)
+        async with aclosing(peer.stream(stub.EmbedStream, outgoing.requests())) as responses:
+            async for response in responses:
+                yield answers.stream_error(response) or answers.embeddings(response.response, 1)
+        outgoing.check()
 
     async def models(self) -> Models:
         """List what the mesh can run."""

@@ -8,6 +8,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import model_service_pb2, vit_service_pb2
 from imagemesh_client.types import (
     Classification,
+    Embeddings,
     Event,
     GeneratedImage,
     Generation,
@@ -21,6 +22,7 @@ from imagemesh_client.types import (
     Timing,
 )
 from imagemesh_runtime.errors import RemoteError, Unavailable
+from imagemesh_runtime.tensors import Array, from_proto
 
 
 class Outcome:
@@ -99,6 +101,27 @@ def classifications(response: pb.ClassifyResponse) -> list[Classification]:
         Classification(response.model, response.backend, tuple(map(_prediction, classification.predictions)))
         for classification in response.classifications
     ]
+
+
+def embeddings(response: pb.EmbedResponse, pictures: int) -> Embeddings:
+    """The vectors, each the caller's own to change.
+
+    Raises:
+        InvalidArgument: they are not what an answer for so many pictures is.
+    """
+
+    def array(name: str, shape: tuple[int | None, ...], *dtypes: str) -> Array | None:
+        if not response.HasField(name):  # type: ignore[arg-type]
+            return None
+        return from_proto(getattr(response, name), name, dtypes=dtypes, shape=shape).copy()
+
+    vectors = from_proto(
+        response.embeddings, "embeddings", dtypes=["float32", "float16", "int8"], shape=(pictures, None)
+    )
+    states = array("hidden_states", (None, pictures, None, None), "float32", "float16")
+    scales = array("scales", (pictures,), "float32")
+    maps = tuple(response.attention_maps)
+    return Embeddings(response.model, response.backend, vectors.copy(), scales, states, maps)
 
 
 def stream_error(response: pb.ClassifyStreamResponse | pb.EmbedStreamResponse) -> RemoteError | None:

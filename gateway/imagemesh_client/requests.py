@@ -1,18 +1,19 @@
 """From arguments to requests. What the gateway can judge better is left to it; here only what a field can't hold."""
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import priority_pb2, vit_service_pb2
-from imagemesh_client.images import ImageInput, as_list, image_to_proto
+from imagemesh.v1 import priority_pb2
+from imagemesh_client.fields import UINT32, UINT64
+from imagemesh_client.fields import number as _number
+from imagemesh_client.fields import text as _text
+from imagemesh_client.fields import whole as _whole
+from imagemesh_client.images import ImageInput, image_to_proto
 from imagemesh_client.types import Control, Hires
 from imagemesh_runtime.errors import InvalidArgument
-
-UINT32, UINT64 = 2**32 - 1, 2**64 - 1
 
 PriorityName = Literal["interactive", "normal", "batch"]
 _PRIORITIES = {
@@ -20,8 +21,6 @@ _PRIORITIES = {
     "normal": priority_pb2.PRIORITY_NORMAL,
     "batch": priority_pb2.PRIORITY_BATCH,
 }
-PoolingName = Literal["cls", "mean"]
-_POOLINGS = {"cls": vit_service_pb2.POOLING_CLS, "mean": vit_service_pb2.POOLING_MEAN}
 
 
 class SourceOptions(TypedDict, total=False):
@@ -193,59 +192,9 @@ def _source(options: MoreOptions) -> dict[str, Any]:
     }
 
 
-def classify_request(
-    images: ImageInput | Iterable[ImageInput], top_k: int, threshold: float, model: str
-) -> pb.ClassifyRequest:
-    """The request for ``classify``; reads files."""
-    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
-    return pb.ClassifyRequest(
-        images=protos,
-        top_k=_whole("top_k", top_k, UINT32),
-        threshold=_number("threshold", threshold),
-        model=_text("model", model),
-    )
-
-
-def embed_request(
-    images: ImageInput | Iterable[ImageInput], pooling: PoolingName, normalize: bool, model: str
-) -> pb.EmbedRequest:
-    """The request for ``embed``; reads files."""
-    if pooling not in _POOLINGS:
-        raise InvalidArgument("pooling", pooling, " or ".join(_POOLINGS))
-    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
-    return pb.EmbedRequest(
-        images=protos, pooling=_POOLINGS[pooling], normalize=bool(normalize), model=_text("model", model)
-    )
-
-
 def _control(field: str, control: Control) -> pb.GenerateControl:
     return pb.GenerateControl(
         model=_text(f"{field}.model", control.model),
         image=image_to_proto(control.image, f"{field}.image"),
         scale=_number(f"{field}.scale", control.scale),
     )
-
-
-def _whole(field: str, value: SupportsIndex, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= most:
-        raise InvalidArgument(field, value, f"a whole number from 0 to {most}")
-    return number
-
-
-def _number(field: str, value: SupportsFloat) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidArgument(field, value, "a number") from None
-
-
-def _text(field: str, value: str) -> str:
-    try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise InvalidArgument(field, value, "a string of valid Unicode") from None
-    return value

@@ -10,11 +10,11 @@ from imagemesh_client.aio import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient
 from imagemesh_client.answers import Outcome
 from imagemesh_client.images import ImageInput
 from imagemesh_client.loop_thread import LoopThread
-from imagemesh_client.requests import GenerateOptions, PoolingName
+from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync_jobs import Jobs
-from imagemesh_client.types import Classification, Event, Generation, Models, Progress
+from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress
+from imagemesh_client.vision import EmbedOptions, PoolingName
 from imagemesh_runtime.errors import MeshError
-from imagemesh_runtime.tensors import Array
 
 
 class Client:
@@ -68,27 +68,45 @@ class Client:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
+        size: int = 0,
         model: str = "",
     ) -> list[Classification]:
         """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
-        return self._thread.run(self._async.classify(images, top_k, threshold=threshold, model=model))
+        return self._thread.run(self._async.classify(images, top_k, threshold=threshold, size=size, model=model))
 
     def classify_stream(
-        self, images: Iterable[ImageInput], top_k: int = 5, *, threshold: float = 0.0, model: str = ""
+        self,
+        images: Iterable[ImageInput],
+        top_k: int = 5,
+        *,
+        threshold: float = 0.0,
+        size: int = 0,
+        model: str = "",
     ) -> Generator[Classification | MeshError, None, None]:
         """Classify a list of any length, in its order; see ``AsyncClient.classify_stream``."""
-        return self._thread.iterate(self._async.classify_stream(images, top_k, threshold=threshold, model=model))
+        return self._thread.iterate(
+            self._async.classify_stream(images, top_k, threshold=threshold, size=size, model=model)
+        )
 
     def embed(
         self,
         images: ImageInput | Iterable[ImageInput],
-        pooling: PoolingName = "cls",
+        pooling: PoolingName = "auto",
         normalize: bool = False,
-        *,
-        model: str = "",
-    ) -> Array:
-        """Turn pictures into vectors: float32 [pictures, width]; see ``AsyncClient.embed``."""
-        return self._thread.run(self._async.embed(images, pooling, normalize, model=model))
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Turn pictures into vectors; see ``AsyncClient.embed``."""
+        return self._thread.run(self._async.embed(images, pooling, normalize, **options))
+
+    def embed_stream(
+        self,
+        images: Iterable[ImageInput],
+        pooling: PoolingName = "auto",
+        normalize: bool = False,
+        **options: Unpack[EmbedOptions],
+    ) -> Generator[Embeddings | MeshError, None, None]:
+        """Embed a list of any length, one picture after another; see ``AsyncClient.classify_stream``."""
+        return self._thread.iterate(self._async.embed_stream(images, pooling, normalize, **options))
 
     def models(self) -> Models:
         """List what the mesh can run."""

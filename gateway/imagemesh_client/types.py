@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 from PIL import Image
 
 from imagemesh_client.images import ImageInput
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.tensors import Array
 
 # File name suffixes that a picture can be saved under.
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
@@ -164,6 +166,35 @@ class Classification:
     # What ran the model, such as "torch".
     backend: str
     predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Vectors that stand for pictures, and what made them.
+
+    Attributes:
+        model: its name.
+        backend: what ran it, such as "torch".
+        vectors: float32, float16 or int8 [pictures, width].
+        scales: float32 [pictures], where the vectors are int8.
+        hidden_states: float32 or float16 [layers asked for, pictures, tokens, width]; None unless asked for.
+        attention_maps: a grey PNG file a picture, if asked for: what the class token looks at is bright.
+    """
+
+    model: str
+    backend: str
+    vectors: Array
+    scales: Array | None = None
+    hidden_states: Array | None = None
+    attention_maps: tuple[bytes, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def as_float32(self) -> Array:
+        """The vectors as float32 [pictures, width], also where they came in 8 or 16 bits."""
+        wide = self.vectors.astype(np.float32)
+        return wide if self.scales is None else wide * self.scales[:, None]
 
 
 @dataclass(frozen=True)

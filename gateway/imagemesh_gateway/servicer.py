@@ -31,7 +31,11 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         mesh = self._mesh
         model = await mesh.catalogue.find(mesh.vit, request.model)
         asked = vit_service_pb2.ClassifyImagesRequest(
-            model=model.name, images=request.images, top_k=request.top_k, threshold=request.threshold
+            model=model.name,
+            images=request.images,
+            top_k=request.top_k,
+            threshold=request.threshold,
+            size=request.size,
         )
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.ClassifyImages, asked)
@@ -41,11 +45,26 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         mesh = self._mesh
         model = await mesh.catalogue.find(mesh.vit, request.model)
         asked = vit_service_pb2.EmbedImagesRequest(
-            model=model.name, images=request.images, pooling=request.pooling, normalize=request.normalize
+            model=model.name,
+            images=request.images,
+            pooling=request.pooling,
+            normalize=request.normalize,
+            hidden_states=request.hidden_states,
+            layers=request.layers,
+            dtype=request.dtype,
+            size=request.size,
+            attention_maps=request.attention_maps,
         )
         with self._metrics.stage.time("vit"):
             answer = await mesh.vit.unary(mesh.see.EmbedImages, asked)
-        return pb.EmbedResponse(embeddings=answer.embeddings, model=answer.model, backend=answer.backend)
+        return pb.EmbedResponse(
+            embeddings=answer.embeddings,
+            model=answer.model,
+            backend=answer.backend,
+            hidden_states=answer.hidden_states if answer.HasField("hidden_states") else None,
+            scales=answer.scales if answer.HasField("scales") else None,
+            attention_maps=answer.attention_maps,
+        )
 
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any

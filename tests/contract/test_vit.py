@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagemesh_services.vit.backend import BACKENDS, Pooling, VitModel
+from imagemesh_services.vit.backend import BACKENDS, Pooling, VitModel, Wanted
 from imagemesh_services.vit.config import VitConfig
 from tests.support.backends import load_first
 
@@ -21,6 +21,10 @@ def pixels(model) -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
     # Pictures of noise are nearly alike to the fake, which averages them.
     return np.stack([model.preprocess(image // (i + 1)) for i, image in enumerate(noise)])
+
+
+def everything(model: VitModel, pooling: Pooling) -> Wanted:
+    return Wanted(pooling, tuple(range(len(model.states))))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (50, 3), (1, 2000), (37, 91)])
@@ -59,27 +63,27 @@ def test_other_pictures_give_other_logits(model, pixels):
 
 @pytest.mark.parametrize("pooling", Pooling)
 def test_vectors_and_hidden_states_have_their_shapes(model, pixels, pooling):
-    vectors, states = model.embed(pixels, pooling, True)
+    vectors, states, _ = model.embed(pixels, everything(model, pooling))
     assert vectors.dtype == states.dtype == np.float32
     assert vectors.shape == (4, model.width)
-    assert states.shape == (4, model.layers + 1, model.tokens, model.width)
+    assert states.shape == (4, len(model.states), *model.states[0])
 
 
 @pytest.mark.parametrize("pooling", Pooling)
 def test_hidden_states_come_only_when_asked_for_and_change_nothing(model, pixels, pooling):
-    vectors, states = model.embed(pixels, pooling, False)
+    vectors, states, _ = model.embed(pixels, Wanted(pooling))
     assert states is None
-    np.testing.assert_allclose(vectors, model.embed(pixels, pooling, True).vectors, atol=1e-6)
+    np.testing.assert_allclose(vectors, model.embed(pixels, everything(model, pooling)).vectors, atol=1e-6)
 
 
 def test_poolings_differ(model, pixels):
-    cls, mean = (model.embed(pixels, pooling, False).vectors for pooling in (Pooling.CLS, Pooling.MEAN))
+    cls, mean = (model.embed(pixels, Wanted(pooling)).vectors for pooling in (Pooling.CLS, Pooling.MEAN))
     assert np.abs(cls - mean).max() > 1e-2
 
 
 def test_the_same_pixels_give_the_same_answers(model, pixels):
     np.testing.assert_array_equal(model.classify(pixels), model.classify(pixels))
-    first, second = (model.embed(pixels, Pooling.CLS, True) for _ in range(2))
+    first, second = (model.embed(pixels, Wanted(layers=(0, 1))) for _ in range(2))
     np.testing.assert_array_equal(first.vectors, second.vectors)
     np.testing.assert_array_equal(first.hidden_states, second.hidden_states)
 
@@ -91,7 +95,25 @@ def test_classified_batch_equals_singles(model, pixels):
 
 @pytest.mark.parametrize("pooling", Pooling)
 def test_embedded_batch_equals_singles(model, pixels, pooling):
-    batch = model.embed(pixels, pooling, True)
-    singles = [model.embed(row[None], pooling, True) for row in pixels]
+    batch = model.embed(pixels, everything(model, pooling))
+    singles = [model.embed(row[None], everything(model, pooling)) for row in pixels]
     np.testing.assert_allclose(batch.vectors, np.concatenate([one.vectors for one in singles]), atol=1e-4)
     np.testing.assert_allclose(batch.hidden_states, np.concatenate([one.hidden_states for one in singles]), atol=1e-4)
+
+
+def test_layers_come_in_the_order_asked_for(model, pixels):
+    last = len(model.states) - 1
+    states = model.embed(pixels, Wanted(layers=(last, 0))).hidden_states
+    every = model.embed(pixels, Wanted(layers=tuple(range(last + 1)))).hidden_states
+    np.testing.assert_allclose(states, every[:, [last, 0]], atol=1e-6)
+
+
+def test_attention_is_a_share_of_each_patch_and_changes_nothing(model, pixels):
+    plain, shown = (model.embed(pixels, Wanted(attention=asked)) for asked in (False, True))
+    assert plain.attention is None
+    np.testing.assert_allclose(shown.vectors, plain.vectors, atol=1e-5)
+    assert shown.attention.dtype == np.float32
+    assert shown.attention.shape[0] == 4
+    assert shown.attention[0].size == model.states[-1][0] - model.prefix
+    assert (shown.attention >= 0).all()
+    assert (shown.attention.sum(axis=(1, 2)) <= 1 + 1e-5).all()

@@ -117,6 +117,22 @@ async def test_bad_pixels_are_refused_by_their_place(vit, pixels):
     assert _field(error).startswith("images[1].pixels")
 
 
+BAD_WISHES = {
+    "layer past the last": ({"layers": [0, 9]}, "layers[1]"),
+    "layer before the first": ({"layers": [-9]}, "layers[0]"),
+    "all layers and some": ({"hidden_states": True, "layers": [0]}, "layers"),
+    "dtype of no vector": ({"dtype": tensor_pb2.DTYPE_BOOL}, "dtype"),
+    "unknown dtype": ({"dtype": 99}, "dtype"),
+    "size of no whole patches": ({"size": 7777}, "size"),
+    "size past all": ({"size": 8 * 4096}, "size"),
+}
+
+
+@pytest.mark.parametrize(("fields", "field"), BAD_WISHES.values(), ids=BAD_WISHES)
+async def test_what_the_model_can_not_give_is_refused_by_its_field(vit, fields, field):
+    assert _field(await _refused(vit, "EmbedImages", [GOOD], **fields)) == field
+
+
 async def test_unknown_pooling_is_refused(vit):
     error = await _refused(vit, "EmbedImages", [GOOD], pooling=7)
     assert _field(error) == "pooling"
@@ -199,7 +215,7 @@ async def test_broken_folder_is_refused_with_its_fault(models, tmp_path, file, c
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
-@pytest.mark.parametrize("architecture", ["SwinForImageClassification", "ViTModel", None])
+@pytest.mark.parametrize("architecture", ["ViTModel", "SwinForMaskedImageModeling", None])
 async def test_folder_of_another_architecture_is_not_listed(models, tmp_path, architecture):
     _copy(models, tmp_path, "config.json", architectures=architecture and [architecture])
     async with serving(create, _config(tmp_path, "torch")) as served:

@@ -9,7 +9,7 @@ from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel
 from imagemesh_services.text_encoder.backends.fake import FakeTextModel
 from imagemesh_services.vae.backend import MemoryOptions
 from imagemesh_services.vae.backends.fake import FakeVaeModel
-from imagemesh_services.vit.backend import Pooling
+from imagemesh_services.vit.backend import Pooling, Wanted
 from imagemesh_services.vit.backends.fake import FakeVitModel
 
 PLAIN = MemoryOptions()
@@ -101,11 +101,11 @@ def test_vit_logits_are_the_mean_colour():
 
 @pytest.mark.parametrize(("pooling", "factor"), [(Pooling.CLS, 1), (Pooling.MEAN, 2)])
 def test_vit_vectors_are_the_mean_colour_once_or_twice(pooling, factor):
-    vectors = FakeVitModel().embed(_colours(), pooling, False).vectors
+    vectors = FakeVitModel().embed(_colours(), Wanted(pooling)).vectors
     np.testing.assert_array_equal(vectors, factor * np.array([[1, 0, 0], [0, 0.5, 0]], np.float32))
 
 
 def test_vit_hidden_states_of_red_are_those_of_the_docstring():
-    states = FakeVitModel().embed(_colours(), Pooling.CLS, True).hidden_states
+    states = FakeVitModel().embed(_colours(), Wanted(layers=(0, 1))).hidden_states
     assert states is not None
     assert states[0].tolist() == [[[0, 0, 0], [1, 0, 0]], [[1, 0, 0], [2, 0, 0]]]

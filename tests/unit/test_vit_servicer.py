@@ -30,7 +30,7 @@ class Spy(FakeVitModel):
         self.begun = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def preprocess(self, image):
+    def preprocess(self, image, size=0):
         self.threads.add(threading.current_thread().name)
         return super().preprocess(image)
 
@@ -40,9 +40,9 @@ class Spy(FakeVitModel):
         self.release.wait()
         return super().classify(pixels)
 
-    def embed(self, pixels, pooling, hidden_states):
-        self.forwards.append((f"{pooling.value} {hidden_states}", len(pixels)))
-        return super().embed(pixels, pooling, hidden_states)
+    def embed(self, pixels, wanted):
+        self.forwards.append((f"{wanted.pooling.value} {bool(wanted.layers)}", len(pixels)))
+        return super().embed(pixels, wanted)
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Decoding(FakeVitModel):
         self.permits = threading.Semaphore(0)
         self._turn = threading.Lock()
 
-    def preprocess(self, image):
+    def preprocess(self, image, size=0):
         with self._turn:
             self.now += 1
             self.most = max(self.most, self.now)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2, vit_service_pb2
+from imagemesh.v1 import image_pb2, priority_pb2, tensor_pb2, vit_service_pb2
 from imagemesh_cli.main import main
 from imagemesh_runtime.errors import InternalError, InvalidArgument, NotFound, Overloaded
 from tests.support.recording_gateway import RecordingGateway, png
@@ -125,7 +125,8 @@ def test_embed_prints_a_line_a_picture(gateway: RecordingGateway, run: Run, tmp_
     code, out, _ = run("embed", file, "--pooling", "mean", "--normalize", "--model", "vit-tiny")
     assert (code, out) == (0, f"{file}: 2 numbers, length 0.5000: 0.0000 0.5000 ...\n")
     image = image_pb2.Image(encoded=png(1))
-    asked = pb.EmbedRequest(images=[image], pooling=vit_service_pb2.POOLING_MEAN, normalize=True, model="vit-tiny")
+    asked = pb.EmbedRequest(images=[image], pooling=vit_service_pb2.POOLING_MEAN, normalize=True, model="vit-tiny",
+                            dtype=tensor_pb2.DTYPE_FP32)  # fmt: skip
     assert gateway.requests == [asked]
 
 
@@ -134,8 +135,8 @@ def test_embed_as_json_and_as_an_array(run: Run, tmp_path: Path) -> None:
     file.write_bytes(png(1))
     _, out, _ = run("embed", file, file, "--json", "-o", array)
     assert json.loads(out) == [
-        {"file": str(file), "embedding": [0.0, 0.5]},
-        {"file": str(file), "embedding": [1.0, 1.5]},
+        {"file": str(file), "model": "vit-tiny", "backend": "fake", "embedding": [0.0, 0.5]},
+        {"file": str(file), "model": "vit-tiny", "backend": "fake", "embedding": [1.0, 1.5]},
     ]
     np.testing.assert_array_equal(np.load(array), [[0, 0.5], [1, 1.5]])
 

@@ -10,8 +10,17 @@ import pytest
 from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import vit_service_pb2
-from imagemesh_client import AsyncClient, Classification, Client, ImageInput, InvalidArgument, Model, Prediction
+from imagemesh.v1 import tensor_pb2, vit_service_pb2
+from imagemesh_client import (
+    AsyncClient,
+    Classification,
+    Client,
+    Embeddings,
+    ImageInput,
+    InvalidArgument,
+    Model,
+    Prediction,
+)
 from imagemesh_runtime import images
 from tests.support.recording_gateway import RecordingGateway, png
 
@@ -82,17 +91,42 @@ def test_classify_answers_one_a_picture(gateway: RecordingGateway) -> None:
 @pytest.mark.parametrize(
     ("pooling", "expected"), [("cls", vit_service_pb2.POOLING_CLS), ("mean", vit_service_pb2.POOLING_MEAN)]
 )
-def test_embed_answers_an_array(gateway: RecordingGateway, pooling: str, expected: vit_service_pb2.Pooling) -> None:
+def test_embed_tells_who_made_the_vectors(
+    gateway: RecordingGateway, pooling: str, expected: vit_service_pb2.Pooling
+) -> None:
     with Client(gateway.address) as client:
-        vectors = client.embed([png(1), png(2)], pooling, True, model="vit-tiny")  # type: ignore[arg-type]
+        answer = client.embed([png(1), png(2)], pooling, True, model="vit-tiny")  # type: ignore[arg-type]
+    assert (answer.model, answer.backend, len(answer)) == ("vit-tiny", "fake", 2)
+    vectors = answer.vectors
     np.testing.assert_array_equal(vectors, np.array([[0, 0.5], [1, 1.5]], dtype=np.float32))
     vectors += 1  # the caller's own to change
     (request,) = gateway.requests
     assert (request.pooling, request.normalize, request.model) == (expected, True, "vit-tiny")
 
 
+def test_options_of_embed_reach_the_gateway(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client:
+        client.embed(png(1), dtype="int8", size=96, layers=[0, -1], attention_maps=True)
+        client.embed(png(1), layers="all")
+    first, second = gateway.requests
+    assert (first.dtype, first.size, list(first.layers)) == (tensor_pb2.DTYPE_INT8, 96, [0, -1])
+    assert (first.attention_maps, first.hidden_states, first.pooling) == (True, False, 0)
+    assert (second.hidden_states, list(second.layers)) == (True, [])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float64"}, {"layers": ["last"]}, {"size": -1}, {"layers": [2**31]}])
+def test_options_that_no_field_can_hold_are_refused(gateway: RecordingGateway, options: dict[str, object]) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match=next(iter(options))):
+        client.embed(png(1), **options)  # type: ignore[arg-type]
+
+
+def test_8_bit_vectors_are_scaled_back() -> None:
+    vectors, scales = np.array([[127, -64]], np.int8), np.array([0.5], np.float32)
+    np.testing.assert_array_equal(Embeddings("m", "b", vectors, scales).as_float32(), [[63.5, -32]])
+
+
 def test_an_unknown_pooling_is_refused(gateway: RecordingGateway) -> None:
-    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match="cls or mean"):
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match="auto, cls, mean"):
         client.embed(png(1), "max")  # type: ignore[arg-type]
 
 
@@ -106,9 +140,9 @@ def test_models_lists_models_and_who_did_not_answer(gateway: RecordingGateway) -
 
 async def test_sync_and_async_answers_are_the_same(gateway: RecordingGateway) -> None:
     async with AsyncClient(gateway.address) as client:
-        asked = await client.classify(PIXELS), await client.models(), (await client.embed(PIXELS)).tolist()
+        asked = await client.classify(PIXELS), await client.models(), (await client.embed(PIXELS)).vectors.tolist()
     with Client(gateway.address) as sync_client:
-        sync_asked = sync_client.classify(PIXELS), sync_client.models(), sync_client.embed(PIXELS).tolist()
+        sync_asked = sync_client.classify(PIXELS), sync_client.models(), sync_client.embed(PIXELS).vectors.tolist()
     assert asked == sync_asked
     assert gateway.requests[:3] == gateway.requests[3:]
 

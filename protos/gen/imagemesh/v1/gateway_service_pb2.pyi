@@ -549,12 +549,15 @@ class ClassifyRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the mesh's default."""
     top_k: _builtins.int
     """0 means 5."""
     threshold: _builtins.float
     """Leave out labels of a lower probability, 0 to 1; a picture may then have none."""
+    size: _builtins.int
+    """See EmbedRequest."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Image]: ...
     def __init__(
@@ -564,10 +567,11 @@ class ClassifyRequest(_message.Message):
         model: _builtins.str = ...,
         top_k: _builtins.int = ...,
         threshold: _builtins.float = ...,
+        size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "size", b"size", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -608,11 +612,23 @@ class EmbedRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
+    HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ATTENTION_MAPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     pooling: _vit_service_pb2.Pooling.ValueType
     normalize: _builtins.bool
+    hidden_states: _builtins.bool
+    """What follows is as in EmbedImagesRequest."""
+    dtype: _tensor_pb2.Dtype.ValueType
+    size: _builtins.int
+    attention_maps: _builtins.bool
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Image]: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -620,10 +636,15 @@ class EmbedRequest(_message.Message):
         model: _builtins.str = ...,
         pooling: _vit_service_pb2.Pooling.ValueType = ...,
         normalize: _builtins.bool = ...,
+        hidden_states: _builtins.bool = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        dtype: _tensor_pb2.Dtype.ValueType = ...,
+        size: _builtins.int = ...,
+        attention_maps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "normalize", b"normalize", "pooling", b"pooling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_maps", b"attention_maps", "dtype", b"dtype", "hidden_states", b"hidden_states", "images", b"images", "layers", b"layers", "model", b"model", "normalize", b"normalize", "pooling", b"pooling", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,23 +657,37 @@ class EmbedResponse(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
+    ATTENTION_MAPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     backend: _builtins.str
     """What ran the model, such as "torch"."""
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
-        """DTYPE_FP32, shape [images, width]."""
+        """Of the dtype asked for, shape [images, width]."""
 
+    @_builtins.property
+    def hidden_states(self) -> _tensor_pb2.Tensor:
+        """What follows is as in EmbedImagesResponse."""
+
+    @_builtins.property
+    def scales(self) -> _tensor_pb2.Tensor: ...
+    @_builtins.property
+    def attention_maps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         embeddings: _tensor_pb2.Tensor | None = ...,
         model: _builtins.str = ...,
         backend: _builtins.str = ...,
+        hidden_states: _tensor_pb2.Tensor | None = ...,
+        scales: _tensor_pb2.Tensor | None = ...,
+        attention_maps: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "hidden_states", b"hidden_states", "scales", b"scales"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "embeddings", b"embeddings", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_maps", b"attention_maps", "backend", b"backend", "embeddings", b"embeddings", "hidden_states", b"hidden_states", "model", b"model", "scales", b"scales"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,21 +28,21 @@ class _Pooling:
 class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
-    """The class token, as POOLING_CLS."""
+    """The class token, as POOLING_CLS; the mean where the model has none."""
     POOLING_CLS: _Pooling.ValueType  # 1
     """The class token of the last hidden state, after the final layer norm."""
     POOLING_MEAN: _Pooling.ValueType  # 2
-    """The mean of the patch tokens of the last hidden state, after the final layer norm."""
+    """The mean of the patch tokens of the last hidden state, after the final layer norm (ConvNeXt's comes after the mean)."""
 
 class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
     """How a picture's tokens become one vector."""
 
 POOLING_UNSPECIFIED: Pooling.ValueType  # 0
-"""The class token, as POOLING_CLS."""
+"""The class token, as POOLING_CLS; the mean where the model has none."""
 POOLING_CLS: Pooling.ValueType  # 1
 """The class token of the last hidden state, after the final layer norm."""
 POOLING_MEAN: Pooling.ValueType  # 2
-"""The mean of the patch tokens of the last hidden state, after the final layer norm."""
+"""The mean of the patch tokens of the last hidden state, after the final layer norm (ConvNeXt's comes after the mean)."""
 Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 @_typing.final
@@ -53,11 +53,14 @@ class ClassifyImagesRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     top_k: _builtins.int
     """Labels to answer a picture, best first; 0 means 5, more than the model has means all."""
     threshold: _builtins.float
     """Leave out labels of a lower probability, 0 to 1; a picture may then have none."""
+    size: _builtins.int
+    """Pixels of the side that pictures are brought to, see EmbedImagesRequest."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Image]: ...
     def __init__(
@@ -67,10 +70,11 @@ class ClassifyImagesRequest(_message.Message):
         images: _abc.Iterable[_image_pb2.Image] | None = ...,
         top_k: _builtins.int = ...,
         threshold: _builtins.float = ...,
+        size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "size", b"size", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,14 +167,30 @@ class EmbedImagesRequest(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ATTENTION_MAPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     pooling: Global___Pooling.ValueType
     normalize: _builtins.bool
     """Divide each vector by its Euclidean length."""
     hidden_states: _builtins.bool
     """Answer all hidden states as well."""
+    dtype: _tensor_pb2.Dtype.ValueType
+    """Of the embeddings: DTYPE_FP32 (also if unspecified), DTYPE_FP16, or DTYPE_INT8 with a scale a picture."""
+    size: _builtins.int
+    """Pixels of the side that pictures are brought to, a multiple of the model's patches; 0: as it was trained. Position
+    embeddings are interpolated.
+    """
+    attention_maps: _builtins.bool
+    """Answer what the class token looks at, as pictures."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Image]: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Answer these hidden states as well: 0 is the embedding layer's output, -1 the last layer's."""
+
     def __init__(
         self,
         *,
@@ -179,10 +199,14 @@ class EmbedImagesRequest(_message.Message):
         pooling: Global___Pooling.ValueType = ...,
         normalize: _builtins.bool = ...,
         hidden_states: _builtins.bool = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        dtype: _tensor_pb2.Dtype.ValueType = ...,
+        size: _builtins.int = ...,
+        attention_maps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_states", b"hidden_states", "images", b"images", "model", b"model", "normalize", b"normalize", "pooling", b"pooling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_maps", b"attention_maps", "dtype", b"dtype", "hidden_states", b"hidden_states", "images", b"images", "layers", b"layers", "model", b"model", "normalize", b"normalize", "pooling", b"pooling", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,15 +220,29 @@ class EmbedImagesResponse(_message.Message):
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
+    ATTENTION_MAPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     backend: _builtins.str
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
-        """DTYPE_FP32, shape [images, width]."""
+        """Of the dtype asked for, shape [images, width]."""
 
     @_builtins.property
     def hidden_states(self) -> _tensor_pb2.Tensor:
-        """DTYPE_FP32, shape [layers + 1, images, tokens, width], the embedding layer's output first; if asked for."""
+        """Shape [layers asked for, images, tokens, width], of all the embedding layer's output first; DTYPE_FP16 if the
+        embeddings are, else DTYPE_FP32; if asked for.
+        """
+
+    @_builtins.property
+    def scales(self) -> _tensor_pb2.Tensor:
+        """DTYPE_FP32, shape [images]: a vector is about its 8-bit numbers times its scale; with DTYPE_INT8."""
+
+    @_builtins.property
+    def attention_maps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """A grey PNG a picture, of the size that the model sees: attention rollout (https://arxiv.org/abs/2005.00928) from the
+        class token to the patches, the most looked at white; if asked for.
+        """
 
     def __init__(
         self,
@@ -213,10 +251,12 @@ class EmbedImagesResponse(_message.Message):
         hidden_states: _tensor_pb2.Tensor | None = ...,
         model: _builtins.str = ...,
         backend: _builtins.str = ...,
+        scales: _tensor_pb2.Tensor | None = ...,
+        attention_maps: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "hidden_states", b"hidden_states"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "hidden_states", b"hidden_states", "scales", b"scales"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "embeddings", b"embeddings", "hidden_states", b"hidden_states", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_maps", b"attention_maps", "backend", b"backend", "embeddings", b"embeddings", "hidden_states", b"hidden_states", "model", b"model", "scales", b"scales"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,85 @@
+"""From arguments to requests, for what understands pictures."""
+
+import operator
+from collections.abc import Iterable
+from typing import Literal, SupportsIndex, TypedDict, Unpack
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import tensor_pb2, vit_service_pb2
+from imagemesh_client.fields import UINT32, number, text, whole
+from imagemesh_client.images import ImageInput, as_list, image_to_proto
+from imagemesh_runtime.errors import InvalidArgument
+
+PoolingName = Literal["auto", "cls", "mean"]
+_POOLINGS = {
+    "auto": vit_service_pb2.POOLING_UNSPECIFIED,
+    "cls": vit_service_pb2.POOLING_CLS,
+    "mean": vit_service_pb2.POOLING_MEAN,
+}
+VectorDtype = Literal["float32", "float16", "int8"]
+_DTYPES = {
+    "float32": tensor_pb2.DTYPE_FP32,
+    "float16": tensor_pb2.DTYPE_FP16,
+    "int8": tensor_pb2.DTYPE_INT8,
+}
+
+
+class EmbedOptions(TypedDict, total=False):
+    """How to embed; what is left out is as the model was trained."""
+
+    # Empty: the mesh's default.
+    model: str
+    dtype: VectorDtype
+    # Pixels of the side that pictures are brought to; 0: as the model was trained.
+    size: int
+    # Hidden states to answer as well: 0 is the embedding layer's output, -1 the last layer's; "all": every one.
+    layers: Iterable[int] | Literal["all"]
+    # Answer what the class token looks at, as pictures.
+    attention_maps: bool
+
+
+def classify_request(
+    images: ImageInput | Iterable[ImageInput], top_k: int, threshold: float, size: int, model: str
+) -> pb.ClassifyRequest:
+    """The request for ``classify``; reads files."""
+    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
+    return pb.ClassifyRequest(
+        images=protos,
+        top_k=whole("top_k", top_k, UINT32),
+        threshold=number("threshold", threshold),
+        size=whole("size", size, UINT32),
+        model=text("model", model),
+    )
+
+
+def embed_request(
+    images: ImageInput | Iterable[ImageInput], pooling: PoolingName, normalize: bool, **options: Unpack[EmbedOptions]
+) -> pb.EmbedRequest:
+    """The request for ``embed``; reads files."""
+    dtype, layers = options.get("dtype", "float32"), options.get("layers", ())
+    if pooling not in _POOLINGS:
+        raise InvalidArgument("pooling", pooling, ", ".join(_POOLINGS))
+    if dtype not in _DTYPES:
+        raise InvalidArgument("dtype", dtype, ", ".join(_DTYPES))
+    return pb.EmbedRequest(
+        images=[image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))],
+        pooling=_POOLINGS[pooling],
+        normalize=bool(normalize),
+        model=text("model", options.get("model", "")),
+        dtype=_DTYPES[dtype],
+        size=whole("size", options.get("size", 0), UINT32),
+        hidden_states=layers == "all",
+        layers=[] if layers == "all" else [_layer(i, layer) for i, layer in enumerate(layers)],
+        attention_maps=bool(options.get("attention_maps", False)),
+    )
+
+
+def _layer(i: int, layer: SupportsIndex | str) -> int:
+    """Python's own way to count from the end; the service knows how many there are."""
+    try:
+        number = operator.index(layer)  # type: ignore[arg-type]
+    except TypeError:
+        number = 2**31
+    if not -(2**31) <= number < 2**31:
+        raise InvalidArgument(f"layers[{i}]", layer, "the number of a layer")
+    return number
