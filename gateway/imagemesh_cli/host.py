@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.jobs.service import folder_of
 from imagemesh_runtime.config import ModelServerConfig
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.lanes import Lane
@@ -61,7 +62,7 @@ class MeshHost:
                 config = _wired(self._configs[name], addresses, listen=addresses[name])
                 self.services[name] = SERVICES[name].create(config, lane)
                 await _start(self.services[name], stack)
-            await self._start_gateway(_wired(self._gateway_config, addresses), stack)
+            await self._start_gateway(_keeping_jobs(_wired(self._gateway_config, addresses), folder), stack)
             self._stack = stack.pop_all()
         return self
 
@@ -85,6 +86,11 @@ def _wired(config: Any, addresses: Mapping[str, str], **changes: str) -> Any:
     """The configuration with the addresses of the services that it has fields for."""
     known = {name.replace("-", "_"): address for name, address in addresses.items()}
     return replace(config, **{name: at for name, at in known.items() if hasattr(config, name)}, **changes)
+
+
+def _keeping_jobs(config: GatewayConfig, folder: str) -> GatewayConfig:
+    """Jobs that last no longer than the gateway are kept in this folder, which goes with it however it ends."""
+    return config if folder_of(config) is not None else replace(config, jobs_folder=os.path.join(folder, "jobs"))
 
 
 async def _start(server: MeshServer, stack: AsyncExitStack) -> None:

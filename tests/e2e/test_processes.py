@@ -45,10 +45,10 @@ def test_six_processes_and_one_draw_the_pipelines_picture(
 def test_six_processes_classify_and_embed(processes: dict[str, Process], control_image: Image.Image) -> None:
     with Client(processes["gateway"].address) as client:
         (seen,) = client.classify(control_image, top_k=3)
-        vectors = client.embed(control_image, normalize=True)
+        embeddings = client.embed(control_image, normalize=True)
     assert seen.model == "tiny-vit"
     assert len(seen.predictions) == 3
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1.0], abs=1e-5)
+    assert np.linalg.norm(embeddings.vectors, axis=1) == pytest.approx([1.0], abs=1e-5)
 
 
 def test_the_models_of_all_services_are_listed(processes: dict[str, Process]) -> None:

@@ -63,13 +63,13 @@ async def test_every_service_of_the_mesh_answers() -> None:
         plain = await client.generate("hi", steps=2, guidance=1.0, seed=5)
         controlled = await client.generate("hi", steps=2, guidance=1.0, seed=5, controls=[Control(picture + 51)])
         (answer,) = await client.classify(picture)
-        vectors = await client.embed([picture, picture])
+        embeddings = await client.embed([picture, picture])
     assert (sorted(model.role for model in models), models.unreachable) == (NAMES, ())
     # The control adds its picture's brightness, a fifth, to every latent and so to every pixel.
     before, after = (np.asarray(made.images[0].to_pil(), dtype=int) for made in (plain, controlled))
     assert set((after - before).ravel()) == {51}
     assert (answer.model, answer.backend) == ("fake", "fake")
-    assert vectors.shape[0] == 2
+    assert len(embeddings) == 2
 
 
 async def test_an_embedding_names_the_model_and_what_ran_it() -> None:
