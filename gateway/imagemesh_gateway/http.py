@@ -3,70 +3,23 @@
 import base64
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from google.protobuf.json_format import MessageToDict
 from prometheus_client.exposition import choose_encoder
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.accept import choose
+from imagemesh_gateway.http_body import ALLOWED, GenerateBody
 from imagemesh_gateway.http_errors import RefusedRequest, add_error_handlers
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
-from imagemesh_runtime.limits import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS
 from imagemesh_runtime.metrics import Metrics
 
 JSON, PNG = "application/json", "image/png"
-
-
-def _valid(text: str) -> str:
-    text.encode()  # UnicodeEncodeError, which is a ValueError: JSON can spell half of a surrogate pair
-    return text
-
-
-Text = Annotated[str, AfterValidator(_valid)]
-
-# What the fields of GenerateBody may be, for errors to say.
-_TEXT = "a string of valid Unicode"
-_SIDE = f"a whole number of pixels up to {MAX_SIDE}, or 0 for the model's default"
-ALLOWED: Final = {
-    "prompt": _TEXT,
-    "negative_prompt": _TEXT,
-    "seed": f"a whole number from 0 to {MAX_SEED}",
-    "steps": f"1 to {MAX_STEPS}",
-    "guidance": f"0 to {MAX_GUIDANCE}",
-    "width": _SIDE,
-    "height": _SIDE,
-    "scheduler": _TEXT,
-    "model": _TEXT,
-}
-
-
-class GenerateBody(BaseModel):
-    """What to generate; what is left out is the mesh's choice, and told in the answer."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Text
-    negative_prompt: Text = ""
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Drawn if left out.")
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
-    width: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels; 0 is the model's default.")
-    height: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels; 0 is the model's default.")
-    scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
-    model: Text = ""
-
-    def to_proto(self) -> pb.GenerateRequest:
-        """The same request for the pipeline."""
-        values = self.model_dump(exclude_none=True)
-        if "guidance" in values:
-            values["guidance_scale"] = values.pop("guidance")
-        return pb.GenerateRequest(**values)
 
 
 def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:

@@ -68,8 +68,24 @@ def _what_is_wrong(error: RequestValidationError, allowed: Mapping[str, str]) ->
         return InvalidArgument("body", got, f"a JSON object{named}")
     field = _printable(".".join(location))
     if first["type"] == "extra_forbidden":
-        return InvalidArgument(field[:_SHOWN], got, f"left out (the fields are {', '.join(allowed)})")
-    return InvalidArgument(field, got, allowed.get(location[0], first["msg"]))
+        return InvalidArgument(
+            field[:_SHOWN], got, f"left out (the fields are {', '.join(_beside(location, allowed))})"
+        )
+    return InvalidArgument(field, got, _longest(location, allowed) or first["msg"])
+
+
+def _beside(location: list[str], allowed: Mapping[str, str]) -> list[str]:
+    """The fields of the object in which the last one of the path stands."""
+    path = [part for part in location[:-1] if not part.isdecimal()]
+    inside = [name.split(".") for name in allowed]
+    return [name[-1] for name in inside if name[:-1] == path]
+
+
+def _longest(location: list[str], allowed: Mapping[str, str]) -> str | None:
+    """What is said of the field, or else of the one that it is a part of."""
+    path = [part for part in location if not part.isdecimal()]
+    found = (allowed.get(".".join(path[:end])) for end in range(len(path), 0, -1))
+    return next((said for said in found if said is not None), None)
 
 
 def _outline(value: object) -> object:

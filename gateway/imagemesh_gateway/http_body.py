@@ -1,0 +1,170 @@
+"""The body of ``POST /v1/generate``: the fields of GenerateRequest as JSON has them, pictures in base64."""
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh.v1 import image_pb2, priority_pb2
+from imagemesh_runtime.limits import (
+    MAX_CONTROL_SCALE,
+    MAX_CONTROLS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_MASK_BLUR,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+)
+
+
+def _valid(text: str) -> str:
+    text.encode()  # UnicodeEncodeError, which is a ValueError: JSON can spell half of a surrogate pair
+    return text
+
+
+def _picture(value: object) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("not a string")
+    head, comma, data = value.partition(",")
+    return base64.b64decode(data if comma and head.startswith("data:") else value, validate=True)
+
+
+Text = Annotated[str, AfterValidator(_valid)]
+Picture = Annotated[bytes, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "byte"})]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Side = Annotated[int, Field(ge=0, le=MAX_SIDE, description="Pixels; 0 is the default.")]
+Strength = Annotated[float, Field(gt=0, le=1, description="How much is made anew.")]
+PriorityName = Literal["interactive", "normal", "batch"]
+
+_TEXT = "a string of valid Unicode"
+_SIDE = f"a whole number of pixels up to {MAX_SIDE}, or 0 for the model's default"
+_SEED = f"a whole number from 0 to {MAX_SEED}"
+_STEPS = f"1 to {MAX_STEPS}"
+_PICTURE = "a PNG, JPEG or WebP file in base64, or a data: URL of one"
+_STRENGTH = "above 0, and at most 1"
+# What the fields of GenerateBody may be, for errors to say; those of objects by their path.
+ALLOWED: Final = {
+    "prompt": _TEXT,
+    "negative_prompt": _TEXT,
+    "seed": _SEED,
+    "steps": _STEPS,
+    "guidance": f"0 to {MAX_GUIDANCE}",
+    "width": _SIDE,
+    "height": _SIDE,
+    "scheduler": _TEXT,
+    "model": _TEXT,
+    "scheduler_options": "an object of numbers, strings, true and false by name",
+    "clip_skip": "a whole number from 0",
+    "num_images": f"1 to {MAX_IMAGES}",
+    "seeds": f"a list of at most {MAX_IMAGES}, each {_SEED}",
+    "variation_seed": _SEED,
+    "variation_strength": "0 to 1",
+    "image": _PICTURE,
+    "strength": _STRENGTH,
+    "mask": _PICTURE,
+    "invert_mask": "true or false",
+    "mask_blur": f"0 to {MAX_MASK_BLUR}",
+    "keep_unmasked": "true or false",
+    "mask_padding": f"0 to {MAX_SIDE}",
+    "priority": ", ".join(get_args(PriorityName)),
+    "hires": "an object",
+    "hires.scale": "a number",
+    "hires.width": _SIDE,
+    "hires.height": _SIDE,
+    "hires.upscaler": _TEXT,
+    "hires.steps": _STEPS,
+    "hires.strength": _STRENGTH,
+    "hires.scheduler": _TEXT,
+    "controls": f"a list of at most {MAX_CONTROLS} objects",
+    "controls.model": _TEXT,
+    "controls.image": _PICTURE,
+    "controls.scale": f"0 to {MAX_CONTROL_SCALE}",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    def fields(self) -> dict[str, Any]:
+        """What was given."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class HiresBody(_Strict):
+    """A second pass, larger: by ``scale``, or to ``width`` and ``height``."""
+
+    scale: float = Field(0.0, ge=0, allow_inf_nan=False)
+    width: Side = 0
+    height: Side = 0
+    upscaler: Text = Field("", description="'Latent' if empty.")
+    steps: Steps | None = None
+    strength: Strength | None = None
+    scheduler: Text = ""
+
+
+class ControlBody(_Strict):
+    """A ControlNet and the picture that it follows."""
+
+    image: Picture
+    model: Text = Field("", description="Empty is the mesh's default ControlNet.")
+    scale: float = Field(1.0, ge=0, le=MAX_CONTROL_SCALE, allow_inf_nan=False)
+
+    def to_proto(self) -> pb.GenerateControl:
+        return pb.GenerateControl(model=self.model, image=image_pb2.Image(encoded=self.image), scale=self.scale)
+
+
+class GenerateBody(_Strict):
+    """What to generate; what is left out is the mesh's choice, and told in the answer."""
+
+    prompt: Text
+    negative_prompt: Text = ""
+    seed: Seed | None = Field(None, description="Drawn if left out; picture i of several takes seed + i.")
+    steps: Steps | None = None
+    guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    width: Side = 0
+    height: Side = 0
+    scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
+    model: Text = ""
+    scheduler_options: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
+    clip_skip: int = Field(0, ge=0, le=2**31)
+    num_images: int | None = Field(None, ge=1, le=MAX_IMAGES)
+    seeds: list[Seed] = Field(default_factory=list, max_length=MAX_IMAGES, description="A seed a picture.")
+    variation_seed: Seed | None = None
+    variation_strength: float = Field(0.0, ge=0, le=1)
+    image: Picture | None = Field(None, description="Start from this picture.")
+    strength: Strength | None = None
+    mask: Picture | None = Field(None, description="Redraw only where this picture is bright.")
+    invert_mask: bool = False
+    mask_blur: int = Field(0, ge=0, le=MAX_MASK_BLUR, description="Pixels.")
+    keep_unmasked: bool = False
+    mask_padding: int | None = Field(None, ge=0, le=MAX_SIDE, description="Pixels around the only part redrawn.")
+    priority: PriorityName = "normal"
+    hires: HiresBody | None = None
+    controls: list[ControlBody] = Field(default_factory=list, max_length=MAX_CONTROLS)
+
+    def to_proto(self) -> pb.GenerateRequest:
+        """The same request for the pipeline."""
+        values = self.fields()
+        for name, change in _CHANGED.items():
+            if name in values:
+                values[_RENAMED.get(name, name)] = change(values.pop(name))
+        return pb.GenerateRequest(**values)
+
+
+# From the body's names and values to the message's, where they differ.
+_RENAMED: Final = {"guidance": "guidance_scale"}
+_CHANGED: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "guidance": float,
+    "scheduler_options": lambda given: {name: json.dumps(value) for name, value in given.items()},
+    "image": lambda file: image_pb2.Image(encoded=file),
+    "mask": lambda file: image_pb2.Image(encoded=file),
+    "priority": lambda name: priority_pb2.Priority.Value(f"PRIORITY_{name.upper()}"),
+    "hires": lambda one: pb.GenerateHires(**one.fields()),
+    "controls": lambda units: [unit.to_proto() for unit in units],
+}
