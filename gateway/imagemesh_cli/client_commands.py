@@ -49,6 +49,7 @@ def generation_options(args: Namespace) -> GenerateOptions:
         scheduler_options=dict(args.scheduler_option),
         n=args.n,
         clip_skip=args.clip_skip,
+        literal_prompt=args.literal_prompt,
         controls=_controls(args),
         image=args.image,
         strength=args.strength,

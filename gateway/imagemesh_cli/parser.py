@@ -130,6 +130,7 @@ def _generation(parser: ArgumentParser) -> None:
     add("--model", default="", metavar="NAME", help="default: the mesh's own; see imagemesh models")
     add("-n", type=int, default=1, metavar="COUNT", help="how many pictures (default: 1)")
     add("--clip-skip", type=int, default=0, metavar="N", help="layers of the text encoder to leave out")
+    add("--literal-prompt", action="store_true", help="brackets are text, and neither weigh words nor change them")
     add("--image", type=_file, metavar="FILE", help="start from this picture")
     add("--strength", type=float, metavar="X", help="how much of it is made anew (default: 0.8, or 1 with --mask)")
     add("--mask", type=_file, metavar="FILE", help="redraw --image only where this picture is bright")

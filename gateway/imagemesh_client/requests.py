@@ -65,7 +65,14 @@ class CourseOptions(TypedDict, total=False):
     preview_every: int
 
 
-class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
+class PromptOptions(TypedDict, total=False):
+    """How prompts are read."""
+
+    # Brackets are text, and neither weigh words nor change them from step to step.
+    literal_prompt: bool
+
+
+class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
@@ -89,7 +96,7 @@ class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
     hires: Hires | None
 
 
-class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, total=False):
+class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, total=False):
     """What ``generate_request`` hands on."""
 
 
@@ -148,8 +155,9 @@ def _hires(hires: Hires) -> pb.GenerateHires:
 
 
 def _course(options: MoreOptions) -> dict[str, Any]:
-    """The fields of ``CourseOptions``."""
+    """The fields of ``CourseOptions`` and ``PromptOptions``."""
     return {
+        "literal_prompt": bool(options.get("literal_prompt", False)),
         "priority": _priority(options.get("priority")),
         "preview_every": _whole("preview_every", options.get("preview_every", 0), UINT32),
     }

@@ -60,6 +60,7 @@ ALLOWED: Final = {
     "model": _TEXT,
     "scheduler_options": "an object of numbers, strings, true and false by name",
     "clip_skip": "a whole number from 0",
+    "literal_prompt": "true or false",
     "num_images": f"1 to {MAX_IMAGES}",
     "seeds": f"a list of at most {MAX_IMAGES}, each {_SEED}",
     "variation_seed": _SEED,
@@ -133,6 +134,7 @@ class GenerateBody(_Strict):
     model: Text = ""
     scheduler_options: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
     clip_skip: int = Field(0, ge=0, le=2**31)
+    literal_prompt: bool = Field(False, description="Brackets are text, and neither weigh words nor change them.")
     num_images: int | None = Field(None, ge=1, le=MAX_IMAGES)
     seeds: list[Seed] = Field(default_factory=list, max_length=MAX_IMAGES, description="A seed a picture.")
     variation_seed: Seed | None = None

@@ -36,6 +36,8 @@ class Turn:
     total: int
     # The names of its stages end with it.
     suffix: str = ""
+    # Steps of the schedule of the pass before.
+    prior_steps: int = 0
 
 
 def turns(plan: Plan) -> Iterator[Turn]:
@@ -52,7 +54,7 @@ def turns(plan: Plan) -> Iterator[Turn]:
         plan, width=hires.width, height=hires.height, steps=hires.steps, scheduler=hires.scheduler,
         variation_strength=0.0, variation_seeds=(),
     )  # fmt: skip
-    yield Turn(larger, first, total, "-hires")
+    yield Turn(larger, first, total, "-hires", plan.steps)
 
 
 async def first_start(mesh: Mesh, plan: Plan, ledger: Ledger) -> tuple[Sources | None, Start]:

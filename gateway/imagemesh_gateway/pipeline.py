@@ -21,6 +21,7 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.tensors import Array, to_proto
 
 SampleResult = diffusion_service_pb2.SampleResult
+EncodedText = text_encoder_service_pb2.EncodeTextResponse
 
 
 async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -30,14 +31,16 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
         MeshError: a stage failed; the error names the service or the field.
     """
     ledger = Ledger(metrics)
-    conditioning = await _encode_text(mesh, plan, ledger)
+    text = await _encode_text(mesh, plan, ledger)
     source, start = await first_start(mesh, plan, ledger)
     sampled: SampleResult | None = None
     for turn in turns(plan):
         if sampled is not None:
+            if text.scheduled:
+                text = await _encode_text(mesh, turn.plan, ledger, turn)
             start = await second_start(mesh, turn, sampled.outputs["latents"], ledger)
         sampled = None
-        async with aclosing(_denoise(mesh, turn, conditioning, start, ledger)) as events:
+        async with aclosing(_denoise(mesh, turn, dict(text.conditioning), start, ledger)) as events:
             async for event in events:
                 if isinstance(event, pb.GenerateResponse):
                     yield event
@@ -52,14 +55,25 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
     yield pb.GenerateResponse(result=await _pack(plan, sampled, images, ledger))
 
 
-async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger) -> Tensors:
-    request = text_encoder_service_pb2.EncodeTextRequest(model=plan.model, prompt=plan.prompt, clip_skip=plan.clip_skip)
+async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger, turn: Turn | None = None) -> EncodedText:
+    """The prompts for the first pass, or for ``turn``."""
+    suffix, prior_steps = (turn.suffix, turn.prior_steps) if turn is not None else ("", 0)
+    request = text_encoder_service_pb2.EncodeTextRequest(
+        model=plan.model,
+        prompt=plan.prompt,
+        clip_skip=plan.clip_skip,
+        literal=plan.literal_prompt,
+        steps=plan.steps,
+        prior_steps=prior_steps,
+    )
     if plan.guided:
         request.negative_prompt = plan.negative_prompt
     with ledger.metrics.stage.time("text-encoder"):
-        answer = await mesh.text_encoder.unary(mesh.encode.EncodeText, request, ledger.hop("text-encoder"))
+        answer: EncodedText = await mesh.text_encoder.unary(
+            mesh.encode.EncodeText, request, ledger.hop(f"text-encoder{suffix}")
+        )
     ledger.backends["text-encoder"] = answer.backend
-    return dict(answer.conditioning)
+    return answer
 
 
 async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_service_pb2.ControlUnit]:

@@ -63,6 +63,8 @@ class Plan:
     hires: HiresPlan | None = None
     # Whether the model is made for inpainting, and so sees the picture without what is redrawn.
     inpaints: bool = False
+    # Whether brackets of the prompts are text.
+    literal_prompt: bool = False
 
     @property
     def guided(self) -> bool:
@@ -106,6 +108,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         preview_every=request.preview_every,
         hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),
         inpaints=model.properties.get("needs") == "mask",
+        literal_prompt=request.literal_prompt,
     )
 
 

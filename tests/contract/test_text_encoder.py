@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagemesh_services.text_encoder.attention import Piece, literal
 from imagemesh_services.text_encoder.backend import BACKENDS, TextModel
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from tests.support.backends import load_first
@@ -34,6 +35,27 @@ def test_long_prompt_goes_on_in_further_windows(model):
 
 def test_every_window_begins_with_the_start_token(model):
     assert set(model.tokenize(LONG).windows[:, 0]) == {model.tokenize("").windows[0, 0]}
+
+
+def test_a_text_of_weight_one_is_the_text_itself(model):
+    plain, weighted = model.tokenize("a red cat"), model.tokenize_weighted(literal("a red cat"))
+    assert plain.weights is weighted.weights is None
+    np.testing.assert_array_equal(weighted.windows, plain.windows)
+
+
+def test_weights_lie_beside_the_tokens_they_are_of(model):
+    tokens = model.tokenize_weighted([[Piece("a "), Piece("cat", 1.5)], [Piece("dog", 0.5)]])
+    assert tokens.weights is not None
+    assert tokens.weights.dtype == np.float32
+    assert tokens.weights.shape == tokens.windows.shape
+    assert len(tokens.windows) == 2
+    assert set(tokens.weights[0].tolist()) == {1.0, 1.5}
+    assert set(tokens.weights[1].tolist()) == {1.0, 0.5}
+    assert tokens.weights[0, 0] == tokens.weights[0, -1] == 1
+
+
+def test_widths_are_those_of_the_encoders_side_by_side(model):
+    assert sum(model.widths) == model.encode(model.tokenize("a cat").windows, 0).embeds.shape[-1]
 
 
 def test_empty_prompt_has_no_tokens_of_its_own(model):

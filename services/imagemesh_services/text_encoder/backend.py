@@ -1,11 +1,12 @@
 """The seam between the text encoder service and what runs the model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.text_encoder.attention import Section
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Tokens:
     windows: Array
     # Tokens of the prompt itself.
     count: int
+    # float32, a weight a token of ``windows``; None: all are 1.
+    weights: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,16 @@ class TextModel(Protocol):
     # Whether a negative prompt leaves out layers too, and whether an empty one is zeros instead of an embedding.
     skips_negative: bool
     zeroes_empty_negative: bool
+    # Models whose fingerprints are equal give equal embeddings.
+    fingerprint: str
+    # Of the embeddings that lie side by side, one an encoder, each weighed by itself; none: prompts are taken as is.
+    widths: Sequence[int]
 
     def tokenize(self, text: str) -> Tokens:
-        """Called from any thread, several at a time; ``encode`` is called on the lane."""
+        """The text as it stands; called from any thread, several at a time; ``encode`` is called on the lane."""
+
+    def tokenize_weighted(self, sections: Sequence[Section]) -> Tokens:
+        """Likewise, with weights; every section begins a window. Not called where there are no ``widths``."""
 
     def encode(self, tokens: Array, clip_skip: int) -> Encoded:
         """The hidden states, ``clip_skip`` layers before the one that the family takes."""

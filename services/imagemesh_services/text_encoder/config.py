@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from imagemesh_runtime.config import ModelServerConfig
+from imagemesh_runtime.config import MIB, ModelServerConfig
 
 
 @dataclass(frozen=True)
@@ -13,3 +13,5 @@ class TextEncoderConfig(ModelServerConfig):
     SERVICE: ClassVar[str] = "text-encoder"
     listen: str = "127.0.0.1:50051"
     max_batch: int = 32
+    # Room for embeddings that are kept for the next who asks for them; 0: none are.
+    cache_bytes: int = 64 * MIB

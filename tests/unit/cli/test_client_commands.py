@@ -42,7 +42,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--image", edges, "--strength", 0.5, "--mask", edges, "--invert-mask", "--mask-blur", 3, "--keep-unmasked",
         "--mask-padding", 8, "--hires", "128x144", "--hires-upscaler", "Lanczos", "--hires-steps", 9,
         "--hires-strength", 0.25,
-        "--priority", "batch",
+        "--priority", "batch", "--literal-prompt",
         "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
@@ -54,7 +54,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         prompt="a fox", seed=7, steps=5, guidance_scale=3.5, width=64, height=72, scheduler="Euler a",
         negative_prompt="blurry", model="sd-tiny", num_images=2, clip_skip=1, controls=controls,
         image=image, strength=0.5, mask=image, invert_mask=True, mask_blur=3, keep_unmasked=True,
-        priority=priority_pb2.PRIORITY_BATCH, mask_padding=8,
+        priority=priority_pb2.PRIORITY_BATCH, mask_padding=8, literal_prompt=True,
         hires=pb.GenerateHires(width=128, height=144, upscaler="Lanczos", steps=9, strength=0.25),
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
     )  # fmt: skip

@@ -26,7 +26,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
             image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
-            preview_every=5, mask_padding=0, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
+            preview_every=5, mask_padding=0, literal_prompt=True, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
         pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5),
@@ -38,6 +38,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         image=image_pb2.Image(encoded=b"picture"), strength=0.5, mask=image_pb2.Image(encoded=b"mask"),
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5, mask_padding=0,
+        literal_prompt=True,
         hires=pb.GenerateHires(scale=2, width=3, height=4, upscaler="Lanczos", steps=5, strength=0.5, scheduler="DDIM"),
     )  # fmt: skip
     assert gateway.requests == [expected]

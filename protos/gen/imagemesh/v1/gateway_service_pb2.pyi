@@ -73,6 +73,7 @@ class GenerateRequest(_message.Message):
     PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
     MASK_PADDING_FIELD_NUMBER: _builtins.int
     HIRES_FIELD_NUMBER: _builtins.int
+    LITERAL_PROMPT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -111,6 +112,10 @@ class GenerateRequest(_message.Message):
     mask_padding: _builtins.int
     """Crop the picture to the masked part and this many pixels around it, redraw that at the generation's size, and lay it
     over the picture, which keeps its own size ("only masked").
+    """
+    literal_prompt: _builtins.bool
+    """Take the prompts as they stand. Otherwise brackets weigh words and change them from step to step, as
+    EncodeTextRequest says.
     """
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
@@ -163,10 +168,11 @@ class GenerateRequest(_message.Message):
         preview_every: _builtins.int = ...,
         mask_padding: _builtins.int | None = ...,
         hires: Global___GenerateHires | None = ...,
+        literal_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'imagemesh/v1/text_encoder_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"w\n\x11\x45ncodeTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tclip_skip\x18\x04 \x01(\rB\x12\n\x10_negative_prompt\"\xd1\x01\n\x12\x45ncodeTextResponse\x12H\n\x0c\x63onditioning\x18\x01 \x03(\x0b\x32\x32.imagemesh.v1.EncodeTextResponse.ConditioningEntry\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x32\x65\n\x12TextEncoderService\x12O\n\nEncodeText\x12\x1f.imagemesh.v1.EncodeTextRequest\x1a .imagemesh.v1.EncodeTextResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'imagemesh/v1/text_encoder_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"\xac\x01\n\x11\x45ncodeTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tclip_skip\x18\x04 \x01(\r\x12\x0f\n\x07literal\x18\x05 \x01(\x08\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x13\n\x0bprior_steps\x18\x07 \x01(\rB\x12\n\x10_negative_prompt\"\xe4\x01\n\x12\x45ncodeTextResponse\x12H\n\x0c\x63onditioning\x18\x01 \x03(\x0b\x32\x32.imagemesh.v1.EncodeTextResponse.ConditioningEntry\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\tscheduled\x18\x04 \x01(\x08\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x32\x65\n\x12TextEncoderService\x12O\n\nEncodeText\x12\x1f.imagemesh.v1.EncodeTextRequest\x1a .imagemesh.v1.EncodeTextResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._loaded_options = None
   _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._serialized_options = b'8\001'
-  _globals['_ENCODETEXTREQUEST']._serialized_start=84
-  _globals['_ENCODETEXTREQUEST']._serialized_end=203
-  _globals['_ENCODETEXTRESPONSE']._serialized_start=206
-  _globals['_ENCODETEXTRESPONSE']._serialized_end=415
-  _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._serialized_start=342
-  _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._serialized_end=415
-  _globals['_TEXTENCODERSERVICE']._serialized_start=417
-  _globals['_TEXTENCODERSERVICE']._serialized_end=518
+  _globals['_ENCODETEXTREQUEST']._serialized_start=85
+  _globals['_ENCODETEXTREQUEST']._serialized_end=257
+  _globals['_ENCODETEXTRESPONSE']._serialized_start=260
+  _globals['_ENCODETEXTRESPONSE']._serialized_end=488
+  _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._serialized_start=415
+  _globals['_ENCODETEXTRESPONSE_CONDITIONINGENTRY']._serialized_end=488
+  _globals['_TEXTENCODERSERVICE']._serialized_start=490
+  _globals['_TEXTENCODERSERVICE']._serialized_end=591
 # @@protoc_insertion_point(module_scope)

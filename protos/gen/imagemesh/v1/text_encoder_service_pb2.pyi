@@ -27,6 +27,9 @@ class EncodeTextRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    PRIOR_STEPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     prompt: _builtins.str
     negative_prompt: _builtins.str
@@ -35,6 +38,16 @@ class EncodeTextRequest(_message.Message):
     """
     clip_skip: _builtins.int
     """How many of the last layers to leave out; 0 takes the last layer's output. At most the number of layers less 1."""
+    literal: _builtins.bool
+    """Take the prompts as they stand. Otherwise, as Stable Diffusion's users write them: (word) and (word:1.3) count more, [word]
+    less, BREAK ends a window, [a:b:0.5] and [a:b:10] change and [a|b] alternates from step to step, \\( is a bracket.
+    """
+    steps: _builtins.int
+    """Steps of the schedule that the embeddings are for, in which prompts may change; 0: they may not."""
+    prior_steps: _builtins.int
+    """Steps of the pass before this one, from which the numbers of a prompt go on: [a:b:1.5] changes in the midst of the
+    second pass; 0: this is the first.
+    """
     def __init__(
         self,
         *,
@@ -42,10 +55,13 @@ class EncodeTextRequest(_message.Message):
         prompt: _builtins.str = ...,
         negative_prompt: _builtins.str | None = ...,
         clip_skip: _builtins.int = ...,
+        literal: _builtins.bool = ...,
+        steps: _builtins.int = ...,
+        prior_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt", "negative_prompt", b"negative_prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt", "clip_skip", b"clip_skip", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt", "clip_skip", b"clip_skip", "literal", b"literal", "model", b"model", "negative_prompt", b"negative_prompt", "prior_steps", b"prior_steps", "prompt", b"prompt", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__negative_prompt: _TypeAlias = _typing.Literal["negative_prompt"]  # noqa: Y015
     _WhichOneofArgType__negative_prompt: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt"]  # noqa: Y015
@@ -81,14 +97,19 @@ class EncodeTextResponse(_message.Message):
     CONDITIONING_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    SCHEDULED_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Token count of the prompt without start, end and padding."""
+    """Token count of the prompt without start, end and padding; of several phases, of the longest."""
     backend: _builtins.str
+    scheduled: _builtins.bool
+    """Whether a prompt is made of steps: another pass needs an encoding of its own."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Named as in diffusers: "prompt_embeds" and "negative_prompt_embeds", each [1, tokens, width]. Both have the same
         number of tokens: 77 for a prompt that fits the encoder's window, 77 more for every further window of 75.
         Models of Stable Diffusion XL's family have "pooled_prompt_embeds" and "negative_pooled_prompt_embeds" too, each [1, width].
+        A prompt that changes has as many rows as phases, and "prompt_phases" or "negative_prompt_phases", DTYPE_INT32 [steps],
+        names the row of each step of the whole schedule.
         """
 
     def __init__(
@@ -97,10 +118,11 @@ class EncodeTextResponse(_message.Message):
         conditioning: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
         prompt_tokens: _builtins.int = ...,
         backend: _builtins.str = ...,
+        scheduled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "conditioning", b"conditioning", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "conditioning", b"conditioning", "prompt_tokens", b"prompt_tokens", "scheduled", b"scheduled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

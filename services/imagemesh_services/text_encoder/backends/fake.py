@@ -4,14 +4,16 @@ A window is 8 tokens of a start (1), up to 6 characters' code points, and ends (
 [t, t, t, t] / 256 - clip_skip. So "hi" is [[1, 104, 105, 2, 2, 2, 2, 2]] / 256, four columns wide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.text_encoder.attention import Section, literal
 from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
+from imagemesh_services.text_encoder.windows import cut
 
 START, END, WINDOW, WIDTH = 1, 2, 8, 4
 
@@ -22,13 +24,15 @@ class FakeTextModel:
     layers = 3
     skips_negative = True
     zeroes_empty_negative = False
+    fingerprint = "fake"
+    widths = (WIDTH,)
 
     def tokenize(self, text: str) -> Tokens:
-        inner = WINDOW - 2
-        codes = [ord(character) for character in text]
-        windows = [codes[i : i + inner] for i in range(0, max(len(codes), 1), inner)]
-        rows = [[START, *window, *[END] * (WINDOW - 1 - len(window))] for window in windows]
-        return Tokens(np.array(rows, dtype=np.int64), len(text))
+        return self.tokenize_weighted(literal(text))
+
+    def tokenize_weighted(self, sections: Sequence[Section]) -> Tokens:
+        ids = [[(ord(one), piece.weight) for piece in section for one in piece.text] for section in sections]
+        return cut(ids, WINDOW, START, END, END)
 
     def encode(self, tokens: Array, clip_skip: int) -> Encoded:
         return Encoded(np.repeat(tokens[..., None] / 256 - clip_skip, WIDTH, axis=-1).astype(np.float32))

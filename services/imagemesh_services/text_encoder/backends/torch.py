@@ -6,18 +6,23 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import transformers
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
+from imagemesh_services.text_encoder.attention import Section, literal
 from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
+from imagemesh_services.text_encoder.windows import cut, side_by_side
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
 
 # One class under the two names that folders call it by.
 TOKENIZERS: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
+PARTS: Final = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 class Clip:
@@ -26,17 +31,16 @@ class Clip:
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.layers: int = model.config.num_hidden_layers
         self.window: int = tokenizer.model_max_length
+        self.width: int = model.config.hidden_size
         self._tokenizer = tokenizer
         self._turn = Lock()  # a call sets options of the tokenizer, which another thread's call may be using
         self._model = model
 
-    def windows(self, text: str) -> tuple[list[list[int]], int]:
-        """The windows' ids, and the tokens of the text itself; a long one goes on in windows with ends of their own."""
-        inner = self.window - 2
-        ids = self._ids(text)
+    def tokenize(self, sections: Sequence[Section]) -> Tokens:
+        """Every piece tokenized by itself."""
+        ids = [[(one, piece.weight) for piece in section for one in self._ids(piece.text)] for section in sections]
         start, end, pad = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
-        windows = [ids[i : i + inner] for i in range(0, max(len(ids), 1), inner)]
-        return [[start, *window, end, *[pad] * (inner - len(window))] for window in windows], len(ids)
+        return cut(ids, self.window, start, end, pad)
 
     def normed(self, tokens: Array, clip_skip: int) -> torch.Tensor:
         """Like StableDiffusionPipeline.encode_prompt: the last norm is applied also where layers are skipped."""
@@ -76,13 +80,17 @@ class TorchTextModel:
     skips_negative = True
     zeroes_empty_negative = False
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, fingerprint: str) -> None:
         self._clip = clip
         self.layers = clip.layers
+        self.fingerprint = fingerprint
+        self.widths = (clip.width,)
 
     def tokenize(self, text: str) -> Tokens:
-        rows, count = self._clip.windows(text)
-        return Tokens(np.array(rows, dtype=np.int64), count)
+        return self.tokenize_weighted(literal(text))
+
+    def tokenize_weighted(self, sections: Sequence[Section]) -> Tokens:
+        return self._clip.tokenize(sections)
 
     @torch.inference_mode()
     def encode(self, tokens: Array, clip_skip: int) -> Encoded:
@@ -95,15 +103,18 @@ class TorchTextPair:
     # The library's own reading: clip_skip is the prompt's alone.
     skips_negative = False
 
-    def __init__(self, clips: Sequence[Clip], *, zeroes_empty_negative: bool) -> None:
+    def __init__(self, clips: Sequence[Clip], fingerprint: str, *, zeroes_empty_negative: bool) -> None:
         self._clips = clips
+        self.fingerprint = fingerprint
+        self.widths = [clip.width for clip in clips]
         self.layers = min(clip.layers for clip in clips)
         self.zeroes_empty_negative = zeroes_empty_negative
 
     def tokenize(self, text: str) -> Tokens:
-        parts = [clip.windows(text) for clip in self._clips]
-        rows = np.concatenate([np.array(windows, dtype=np.int64) for windows, _ in parts], axis=1)
-        return Tokens(rows, max(count for _, count in parts))
+        return self.tokenize_weighted(literal(text))
+
+    def tokenize_weighted(self, sections: Sequence[Section]) -> Tokens:
+        return side_by_side([clip.tokenize(sections) for clip in self._clips])
 
     @torch.inference_mode()
     def encode(self, tokens: Array, clip_skip: int) -> Encoded:
@@ -131,14 +142,17 @@ class TorchTextEncoder:
 
     def load(self, name: str) -> TorchTextModel | TorchTextPair:
         folder = self._repository.folders()[name]
+        parts = [folder.path / part for part in PARTS if folder.has(part)]
+        marks = (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
+        fingerprint = fingerprint_of(parts, *map(str, marks))
         if not folder.has("text_encoder_2"):
-            return TorchTextModel(self._clip(folder, CLIPTextModel, ""))
+            return TorchTextModel(self._clip(folder, CLIPTextModel, ""), fingerprint)
         clips = [self._clip(folder, CLIPTextModel, "")] if folder.has("text_encoder") else []
         clips.append(self._clip(folder, CLIPTextModelWithProjection, "_2"))
         if len({clip.window for clip in clips}) > 1:
             raise FailedPrecondition(f"model {name}: its tokenizers have windows of different length")
         zeroes = bool(folder.config.get("force_zeros_for_empty_prompt", True))
-        return TorchTextPair(clips, zeroes_empty_negative=zeroes)
+        return TorchTextPair(clips, fingerprint, zeroes_empty_negative=zeroes)
 
     def _clip(self, folder: ModelFolder, cls: Any, suffix: str) -> Clip:
         tokenizer = CLIPTokenizer.from_pretrained(folder.path / f"tokenizer{suffix}")
