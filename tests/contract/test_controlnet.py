@@ -146,6 +146,16 @@ def test_torch_heeds_prompts_and_timesteps(torch_model, inputs, sample):
     assert apart(plain, answer(torch_model, inputs, sample, 1.0)) > 1e-3
 
 
+def test_torch_told_of_other_prompts_is_as_if_it_had_begun_with_them(torch_model, inputs, sample):
+    other = dataclasses.replace(inputs, embeddings=-inputs.embeddings)
+    run = torch_model.start(inputs)
+    run.residuals(sample, TIMESTEP)
+    run.tell(other.embeddings, other.added)
+    down, mid = run.residuals(sample, TIMESTEP)
+    for ours, wanted in zip([*down, mid], answer(torch_model, other, sample), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
 def test_torch_rows_do_not_mix(torch_model, inputs, sample):
     """The negative rows of a guided generation get nothing of the positive ones."""
     together = answer(torch_model, inputs, sample)

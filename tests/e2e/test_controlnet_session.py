@@ -77,6 +77,15 @@ def step(sample: np.ndarray = SAMPLE, timestep: float = 601.0) -> pb.ControlRequ
     return pb.ControlRequest(step=pb.ControlStep(sample=to_proto(sample), timestep=timestep))
 
 
+def told(embeddings: np.ndarray, **added: np.ndarray) -> pb.ControlRequest:
+    """A step that tells of other prompts."""
+    request = step()
+    request.step.encoder_hidden_states.CopyFrom(to_proto(embeddings))
+    for name, array in added.items():
+        request.step.added_conditions[name].CopyFrom(to_proto(array))
+    return request
+
+
 @pytest.fixture(params=BACKENDS)
 async def service(request: pytest.FixtureRequest, models: Path) -> AsyncIterator[Service]:
     config = ControlNetConfig(
@@ -206,6 +215,9 @@ BAD_STEPS = {
     "nothing": (pb.ControlRequest(step=pb.ControlStep()), "step.sample.dtype"),
     "timestep of NaN": (step(SAMPLE, float("nan")), "step.timestep"),
     "timestep of infinity": (step(SAMPLE, float("inf")), "step.timestep"),
+    "other prompts of NaN": (told(np.full_like(EMBEDDINGS, np.nan)), "step.encoder_hidden_states"),
+    "other prompts of other shape": (told(EMBEDDINGS[:, :4]), "step.encoder_hidden_states.shape"),
+    "conditions that the start had not": (told(EMBEDDINGS, text_embeds=EMBEDDINGS[:, 0]), "step.added_conditions"),
 }
 
 

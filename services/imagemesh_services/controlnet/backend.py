@@ -10,7 +10,7 @@ from imagemesh_runtime.tensors import Array
 
 @dataclass(frozen=True)
 class ControlInputs:
-    """What stays the same for all steps of a generation."""
+    """What stays the same for all steps of a generation, or until the prompts change."""
 
     image: Array  # uint8 [height, width, 3], RGB
     embeddings: Array  # float [rows, tokens, width]
@@ -21,6 +21,9 @@ class ControlInputs:
 
 class ControlRun(Protocol):
     """A ControlNet at work for one generation. Called on the lane."""
+
+    def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
+        """The prompts changed: what takes the place of ``ControlInputs``', of the same shapes."""
 
     def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
         """For rows [rows, channels, h, w]: what to add to the UNet's skip connections, and to its middle block.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
@@ -35,17 +36,17 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         self._sessions += 1
         try:
             with self._metrics.running.track_inprogress():
-                run: ControlRun | None = None
+                session: _Session | None = None
                 async for request in request_iterator:
                     if request.WhichOneof("message") == "step":
-                        yield await self._residuals(run, request.step)
+                        yield await self._residuals(session, request.step)
                     else:
-                        run = await self._start(run, request)
+                        session = await self._start(session, request)
         finally:
             self._sessions -= 1
 
-    async def _start(self, run: ControlRun | None, request: pb.ControlRequest) -> ControlRun:
-        if run is not None or request.WhichOneof("message") != "start":
+    async def _start(self, session: "_Session | None", request: pb.ControlRequest) -> "_Session":
+        if session is not None or request.WhichOneof("message") != "start":
             raise InvalidArgument("message", request.WhichOneof("message"), "start once, then step")
         start = request.start
         model = await self._models.get(start.model)
@@ -61,23 +62,46 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         check_pixels(field, (rows + 1) // 2, image.shape[1], image.shape[0])
         added = {name: _added(name, start, rows) for name in sorted(start.added_conditions)}
         inputs = ControlInputs(image, require_finite(embeddings, field), start.scale, added)
-        return await self._models.lane.run(model.start, inputs)
+        return _Session(inputs, await self._models.lane.run(model.start, inputs))
 
-    async def _residuals(self, run: ControlRun | None, step: pb.ControlStep) -> pb.ControlResponse:
-        if run is None:
+    async def _residuals(self, session: "_Session | None", step: pb.ControlStep) -> pb.ControlResponse:
+        if session is None:
             raise InvalidArgument("message", "step", "start before the first step")
         shape = (None, None, None, None)
         sample = require_finite(from_proto(step.sample, "step.sample", dtypes=FLOATS, shape=shape), "step.sample")
         if not math.isfinite(step.timestep):
             raise InvalidArgument("step.timestep", step.timestep, "finite")
+        if step.HasField("encoder_hidden_states"):
+            await self._models.lane.run(session.run.tell, *_changed(session.inputs, step))
         with self._metrics.step.time(), self._metrics.stage.time("control"):
-            down, mid = await self._models.lane.run(run.residuals, sample, step.timestep)
+            down, mid = await self._models.lane.run(session.run.residuals, sample, step.timestep)
         self._metrics.batch_size.observe(len(sample))
         return pb.ControlResponse(
             down_residuals=[to_proto(one) for one in down],
             mid_residual=to_proto(mid),
             backend=self._models.backend.name,
         )
+
+
+@dataclass(frozen=True)
+class _Session:
+    inputs: ControlInputs
+    run: ControlRun
+
+
+def _changed(inputs: ControlInputs, step: pb.ControlStep) -> tuple[Array, dict[str, Array]]:
+    """What takes the place of the start's embeddings and conditions: of the same names and shapes."""
+    field = "step.encoder_hidden_states"
+    embeddings = from_proto(step.encoder_hidden_states, field, dtypes=FLOATS, shape=inputs.embeddings.shape)
+    if set(step.added_conditions) != set(inputs.added):
+        allowed = f"a map of {' and '.join(sorted(inputs.added)) or 'nothing'}, as at the start"
+        raise InvalidArgument("step.added_conditions", sorted(step.added_conditions), allowed)
+    added: dict[str, Array] = {}
+    for name, before in inputs.added.items():
+        path = f"step.added_conditions[{name!r}]"
+        found = from_proto(step.added_conditions[name], path, dtypes=FLOATS, shape=before.shape)
+        added[name] = require_finite(found, path)
+    return require_finite(embeddings, field), added
 
 
 def _added(name: str, start: pb.ControlStart, rows: int) -> Array:

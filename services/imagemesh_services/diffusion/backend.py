@@ -7,6 +7,7 @@ from typing import Final, Protocol
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.checkpoint import Checkpoint
+from imagemesh_services.diffusion.phases import Phase, phase_at
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 
@@ -39,7 +40,8 @@ class SampleInputs:
     """One generation, checked."""
 
     # "prompt_embeds" and perhaps "negative_prompt_embeds": float [1, tokens, width]; for some families
-    # "pooled_prompt_embeds" and perhaps "negative_pooled_prompt_embeds" too: float [1, width].
+    # "pooled_prompt_embeds" and perhaps "negative_pooled_prompt_embeds" too: float [1, width]. Of prompts that change
+    # a row a phase, and ``phases.PHASES`` besides.
     conditioning: Mapping[str, Array]
     width: int  # pixels
     height: int
@@ -59,6 +61,10 @@ class SampleInputs:
     def steps_to_do(self) -> int:
         """Steps of the schedule that are run, as diffusers counts them."""
         return self.steps if self.image is None else min(int(self.steps * self.image.strength), self.steps)
+
+    def phase(self, steps_done: int) -> Phase:
+        """Which prompts hold when so many of ``steps_to_do`` are behind."""
+        return phase_at(self.conditioning, min(self.steps - self.steps_to_do + steps_done, self.steps - 1))
 
     @property
     def guided(self) -> bool:
@@ -94,8 +100,12 @@ class Run(Protocol):
     # Runs of one model whose keys are equal can share a forward: shapes and dtypes of all inputs of the model.
     key: Hashable
 
+    @property
+    def phase(self) -> Hashable:
+        """Of the next evaluation; the embeddings and added conditions change with it alone."""
+
     def embeddings(self) -> Array:
-        """float [rows, tokens, width]: the rows' prompt embeddings."""
+        """float [rows, tokens, width]: the rows' prompt embeddings at the next evaluation."""
 
     def added_conditions(self) -> Mapping[str, Array]:
         """What families such as Stable Diffusion XL want besides, by diffusers' names, each float [rows, width]."""

@@ -1,8 +1,9 @@
 """The sampler's side of its ControlNets: a session each, a question each evaluation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
@@ -12,7 +13,23 @@ from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer, Session
 from imagemesh_runtime.errors import DeadlineExceeded
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, map_to_proto, require_finite, to_proto
-from imagemesh_services.diffusion.backend import Residuals
+from imagemesh_services.diffusion.backend import Residuals, Run
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the model, and so its ControlNets, are told of the prompts in one phase, as ``Run`` has it."""
+
+    phase: Hashable
+    embeddings: Array
+    added: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, run: Run, last: "Told | None" = None) -> "Told":
+        """What holds at the run's next evaluation: ``last`` itself, if that still holds. Called on the lane."""
+        if last is not None and last.phase == run.phase:
+            return last
+        return cls(run.phase, run.embeddings(), run.added_conditions())
 
 
 class Control:
@@ -24,13 +41,21 @@ class Control:
         self._timeout = timeout
         self.backends: list[str] = []
 
-    async def residuals(self, sample: Array, timestep: float) -> Residuals:
+    async def residuals(self, sample: Array, timestep: float, changed: Told | None = None) -> Residuals:
         """The units' residuals for these rows, summed in the order of the request.
+
+        Args:
+            changed: what they are told of the prompts from now on, if it isn't what they were told last.
 
         Raises:
             DeadlineExceeded: a ControlNet did not answer in time.
         """
-        question = pb.ControlRequest(step=pb.ControlStep(sample=to_proto(sample), timestep=timestep))
+        step = pb.ControlStep(sample=to_proto(sample), timestep=timestep)
+        if changed is not None:
+            step.encoder_hidden_states.CopyFrom(to_proto(changed.embeddings))
+            for name, tensor in map_to_proto(changed.added).items():
+                step.added_conditions[name].CopyFrom(tensor)
+        question = pb.ControlRequest(step=step)
         try:
             async with asyncio.timeout(self._timeout):
                 answers = await asyncio.gather(*(session.ask(question) for session in self._sessions))
@@ -48,7 +73,7 @@ async def open_control(
     added: Mapping[str, Array],
     timeout_seconds: float,
 ) -> AsyncIterator[Control]:
-    """Start a session for every unit; what doesn't change from step to step is sent now, once."""
+    """Start a session for every unit; what holds until more is told is sent now, once."""
     stub = rpc.ControlNetServiceStub(peer.channel)
     async with AsyncExitStack() as stack:
         sessions: list[Session[pb.ControlResponse]] = []

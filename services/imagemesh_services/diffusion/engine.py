@@ -20,6 +20,7 @@ from imagemesh_runtime.errors import DeadlineExceeded, Overloaded, TooMuchAhead,
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
+from imagemesh_services.diffusion.control import Told
 from imagemesh_services.diffusion.generation import (
     Event,
     Finished,
@@ -283,12 +284,15 @@ class Engine:
         assert generation.open_control is not None
         run = generation.started
         try:
-            told = await self._lane.run(lambda: (run.embeddings(), run.added_conditions()))
-            async with generation.open_control(*told) as control:
+            told = await self._lane.run(Told.of, run)
+            async with generation.open_control(told.embeddings, told.added) as control:
                 for _ in range(generation.evaluated, run.evaluations):
                     await generation.wanted.wait()
                     generation.wanted.clear()
-                    generation.residuals = await control.residuals(*await self._lane.run(run.model_input))
+                    now = await self._lane.run(Told.of, run, told)
+                    changed, told = (now if now is not told else None), now
+                    asked = await self._lane.run(run.model_input)
+                    generation.residuals = await control.residuals(*asked, changed)
                     generation.control_backends = control.backends
                     self._wake()
         except Exception as error:

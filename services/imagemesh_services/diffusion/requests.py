@@ -23,6 +23,7 @@ from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import ImageInputs, Moments, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
+from imagemesh_services.diffusion.phases import PHASES, check_rows, phases_of
 from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
@@ -65,7 +66,7 @@ def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence
     _check_variation(request)
     guided = request.guidance_scale > 1
     return SampleInputs(
-        conditioning=_conditioning(request, guided, conditioning),
+        conditioning=_phases(request) | _conditioning(request, guided, conditioning),
         width=request.width,
         height=request.height,
         steps=request.steps,
@@ -164,6 +165,15 @@ def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:
     return Terms(patience, request.checkpoint_every, resume_from, request.alone, request.preview_every)
 
 
+def _phases(request: pb.SampleRequest) -> dict[str, Array]:
+    given = [name for name in PHASES if name in request.conditioning]
+    shape = (request.steps,)
+    return {
+        name: from_proto(request.conditioning[name], f"conditioning[{name!r}]", dtypes=["int32"], shape=shape)
+        for name in given
+    }
+
+
 def _conditioning(request: pb.SampleRequest, guided: bool, wanted: Sequence[str]) -> dict[str, Array]:
     names = [*wanted, *(f"negative_{name}" for name in wanted if guided)]
     found: dict[str, Array] = {}
@@ -171,15 +181,19 @@ def _conditioning(request: pb.SampleRequest, guided: bool, wanted: Sequence[str]
         field = f"conditioning[{name!r}]"
         if name not in request.conditioning:
             raise InvalidArgument("conditioning", sorted(request.conditioning), f"a map with {name!r}")
-        shape = (1, None) if "pooled" in name else (1, None, None)
+        phases = phases_of(name)
+        rows = None if phases in request.conditioning else 1
+        shape = (rows, None) if "pooled" in name else (rows, None, None)
         found[name] = require_finite(from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=shape), field)
         check_range(f"{field}.shape[1]", found[name].shape[1], 1, MAX_TOKENS)
-    allowed = [*wanted, *(f"negative_{name}" for name in wanted)]
+        if rows is None:
+            check_rows(f"conditioning[{phases!r}]", _phases(request)[phases], len(found[name]))
+    allowed = [*wanted, *(f"negative_{name}" for name in wanted), *PHASES]
     unknown = sorted(set(request.conditioning) - set(allowed))
     if unknown:
         raise InvalidArgument("conditioning", unknown, f"a map of {' and '.join(allowed)} alone")
     for name in wanted if guided else ():
-        pair = {one: found[one].shape for one in (name, f"negative_{name}")}
+        pair = {one: found[one].shape[1:] for one in (name, f"negative_{name}")}
         if len(set(pair.values())) > 1:
             raise InvalidArgument("conditioning", pair, "embeddings of equal shape")
     return found

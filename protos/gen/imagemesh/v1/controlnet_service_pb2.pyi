@@ -113,22 +113,53 @@ Global___ControlStart: _TypeAlias = ControlStart  # noqa: Y015
 class ControlStep(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AddedConditionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SAMPLE_FIELD_NUMBER: _builtins.int
     TIMESTEP_FIELD_NUMBER: _builtins.int
+    ENCODER_HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    ADDED_CONDITIONS_FIELD_NUMBER: _builtins.int
     timestep: _builtins.float
     @_builtins.property
     def sample(self) -> _tensor_pb2.Tensor:
         """The rows as the UNet gets them, after scale_model_input: [rows, channels, height, width]."""
 
+    @_builtins.property
+    def encoder_hidden_states(self) -> _tensor_pb2.Tensor:
+        """Where the prompts change with this step: what takes the place of ControlStart's, of the same shapes."""
+
+    @_builtins.property
+    def added_conditions(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]: ...
     def __init__(
         self,
         *,
         sample: _tensor_pb2.Tensor | None = ...,
         timestep: _builtins.float = ...,
+        encoder_hidden_states: _tensor_pb2.Tensor | None = ...,
+        added_conditions: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states", "sample", b"sample"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "timestep", b"timestep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "encoder_hidden_states", b"encoder_hidden_states", "sample", b"sample", "timestep", b"timestep"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

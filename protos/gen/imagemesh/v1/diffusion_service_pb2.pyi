@@ -136,7 +136,10 @@ class SampleRequest(_message.Message):
     """"bilinear" (the default), "nearest", "nearest-exact" or "bicubic", as torch's interpolate does them."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
-        """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds"."""
+        """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds", a row each. Of prompts
+        that change with the step a row a phase, and "prompt_phases" or "negative_prompt_phases", DTYPE_INT32 [steps]: the row
+        of each step of the whole schedule, of which an image with strength 0.5 does the second half.
+        """
 
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -20,6 +20,9 @@ class FakeControlRun:
     def __init__(self, inputs: ControlInputs) -> None:
         self._brightness = float(inputs.image.mean() / 255 * inputs.scale)
 
+    def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
+        """The prompts are nothing to it."""
+
     def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
         mid = np.full((len(sample), 1, 1, 1), self._brightness, dtype=np.float32)
         return [np.zeros_like(sample)], mid

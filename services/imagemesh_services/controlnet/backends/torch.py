@@ -21,11 +21,15 @@ class TorchControlRun:
     def __init__(self, model: Any, inputs: ControlInputs) -> None:
         self._model = model
         self._scale = inputs.scale
-        self._embeddings = to_torch(inputs.embeddings, model.device, model.dtype)
+        self.tell(inputs.embeddings, inputs.added)
         pixels = to_torch(inputs.image, model.device).to(model.dtype) / 255
         self._image = pixels.permute(2, 0, 1).unsqueeze(0).repeat(len(self._embeddings), 1, 1, 1)
-        self._added = {name: to_torch(one, model.device, model.dtype) for name, one in inputs.added.items()}
         self._factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
+
+    def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
+        device, dtype = self._model.device, self._model.dtype
+        self._embeddings = to_torch(embeddings, device, dtype)
+        self._added = {name: to_torch(one, device, dtype) for name, one in added.items()}
 
     @torch.inference_mode()
     def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:

@@ -3,7 +3,7 @@
 Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evaluation i of n moves them to
 x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
 embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean where
-guidance is on, plus the mean of the middle residual. One evaluation is one step.
+guidance is on, plus the mean of the middle residual. One evaluation is one step. Prompts that change move the target.
 
 A variation moves that start towards the other seed's in a straight line. With a picture they start at strength times
 that, plus 1 - strength times the picture's mean; with a mask, cells whose upper left pixel isn't masked are the
@@ -22,6 +22,7 @@ from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.phases import Phase, told_in
 
 CHANNELS = 4
 SCALE = 8
@@ -46,18 +47,27 @@ class FakeRun:
             strength = np.float32(inputs.image.strength)
             self._start = _start(inputs.image.source, size)
             self._latents = self._latents * strength + self._start * (1 - strength)
-        target = inputs.conditioning["prompt_embeds"].mean(axis=(0, 1))
-        if inputs.guided:
-            negative = inputs.conditioning["negative_prompt_embeds"].mean(axis=(0, 1))
-            target = target + (inputs.guidance_scale - 1) * (target - negative)
-        self._target = target[:, None, None]
+
+    @property
+    def phase(self) -> Phase:
+        return self._inputs.phase(self._done)
+
+    @property
+    def _target(self) -> Array:
+        told = told_in(self._inputs.conditioning, self.phase)
+        target = told["prompt_embeds"].mean(axis=(0, 1))
+        if self._inputs.guided:
+            negative = told["negative_prompt_embeds"].mean(axis=(0, 1))
+            target = target + (self._inputs.guidance_scale - 1) * (target - negative)
+        found: Array = target[:, None, None]
+        return found
 
     def embeddings(self) -> Array:
-        prompt = self._inputs.conditioning["prompt_embeds"]
-        rows = prompt.repeat(len(self._inputs.seeds), axis=0)
+        told = told_in(self._inputs.conditioning, self.phase)
+        rows = told["prompt_embeds"].repeat(len(self._inputs.seeds), axis=0)
         if not self._inputs.guided:
             return rows
-        negative = self._inputs.conditioning["negative_prompt_embeds"]
+        negative = told["negative_prompt_embeds"]
         return np.concatenate([negative.repeat(len(self._inputs.seeds), axis=0), rows])
 
     def added_conditions(self) -> Mapping[str, Array]:

@@ -1,6 +1,7 @@
 """One generation, evaluation by evaluation: what the UNet gets, and what becomes of its prediction."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from imagemesh_services.diffusion.backends.torch.preview import clean_latents
 from imagemesh_services.diffusion.backends.torch.rows import StepRows
 from imagemesh_services.diffusion.backends.torch.start import Variation, from_image, from_noise
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
+from imagemesh_services.diffusion.phases import Phase, told_in
 from imagemesh_services.torch_support import to_numpy, to_torch
 
 # Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
@@ -43,11 +45,13 @@ class TorchRun:
         self._done = 0
         self._passes: list[Any] = []
         self._state = self._begin(inputs)
-        self._passes_of = self._conditions(inputs)
+        self._inputs = inputs
         masked = getattr(self._state, "masked_image_latents", None)
         # What a model made for inpainting sees besides the latents.
         self._masked = None if masked is None else (self._state.mask, masked)
         self.evaluations = len(self._state.timesteps)
+        self._told: Phase = self.phase
+        self._passes_of = self._conditions(inputs)
         self._watched = {"scheduler": components.scheduler, "guider": components.guider}
         self._began = {name: snapshot(thing) for name, thing in self._watched.items()}
         shapes = (self._state.latents.shape[1:], self._passes_of[-1]["prompt_embeds"].shape[1:])
@@ -63,10 +67,22 @@ class TorchRun:
         if float(self._state.timesteps.max()) >= trained:
             raise InvalidArgument("steps", self._steps, f"fewer: the model was trained on timesteps below {trained}")
 
+    @property
+    def phase(self) -> Phase:
+        return self._inputs.phase(self.steps_done())
+
+    def _turn_to_phase(self) -> None:
+        """Let the passes be told what holds at the next evaluation."""
+        if self.phase != self._told:
+            self._told = self.phase
+            self._passes_of = self._conditions(self._inputs)
+
     def embeddings(self) -> Array:
+        self._turn_to_phase()
         return self._all("prompt_embeds")
 
     def added_conditions(self) -> Mapping[str, Array]:
+        self._turn_to_phase()
         return {name: self._all(name) for name in self._passes_of[0] if name != "prompt_embeds"}
 
     def _all(self, name: str) -> Array:
@@ -81,6 +97,7 @@ class TorchRun:
 
     def begin_step(self) -> StepRows:
         """The guider's passes of the next evaluation, as rows of one forward."""
+        self._turn_to_phase()
         state, i = self._state, self._done
         timestep = state.timesteps[i]
         _BEFORE_DENOISER(self._components, state, i=i, t=timestep)
@@ -189,6 +206,7 @@ class TorchRun:
     def _conditions(self, inputs: SampleInputs) -> list[dict[str, torch.Tensor]]:
         """What the model is told in each of the guider's passes, the negative one first, a row a picture."""
         unet, family = self._components.unet, self._components.family
+        inputs = replace(inputs, conditioning=told_in(inputs.conditioning, self._told))
         names = ["negative_prompt_embeds", "prompt_embeds"] if inputs.guided else ["prompt_embeds"]
         return [
             {
