@@ -42,6 +42,8 @@ class TextModel(Protocol):
     fingerprint: str
     # Of the embeddings that lie side by side, one an encoder, each weighed by itself; none: prompts are taken as is.
     widths: Sequence[int]
+    # Words that its folder holds but that it can't have, and why not.
+    unusable: Mapping[str, str]
 
     def tokenize(self, text: str) -> Tokens:
         """The text as it stands; called from any thread, several at a time; ``encode`` is called on the lane."""

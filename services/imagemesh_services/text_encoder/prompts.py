@@ -1,5 +1,6 @@
 """What a request's prompts mean: the texts that are encoded, and which of them each step has."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,10 @@ def tokenize(model: TextModel, field: str, text: str, *, as_is: bool) -> Tokens:
     """The text's tokens with their weights.
 
     Raises:
-        InvalidArgument: brackets are nested too deep, or a weight is out of range.
+        InvalidArgument: brackets are nested too deep, a weight is out of range, or an embedding can't be used.
     """
+    for word, why in model.unusable.items():
+        if word in text and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+            raise InvalidArgument(field, f"the embedding {word!r}", f"a prompt without it: {why}")
     sections = literal(text) if as_is else parse_attention(text, field)
     return model.tokenize(text) if sections == literal(text) else model.tokenize_weighted(sections)

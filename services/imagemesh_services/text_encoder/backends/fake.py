@@ -26,6 +26,7 @@ class FakeTextModel:
     zeroes_empty_negative = False
     fingerprint = "fake"
     widths = (WIDTH,)
+    unusable: Mapping[str, str] = {}
 
     def tokenize(self, text: str) -> Tokens:
         return self.tokenize_weighted(literal(text))

@@ -1,5 +1,6 @@
 """CLIP text encoders in torch, as Stable Diffusion's pipelines run them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any, Final
@@ -7,6 +8,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
+from diffusers.loaders import TextualInversionLoaderMixin
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from imagemesh_runtime.errors import FailedPrecondition
@@ -17,24 +20,47 @@ from imagemesh_services.repository import open_repository
 from imagemesh_services.text_encoder.attention import Section, literal
 from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.config import TextEncoderConfig
+from imagemesh_services.text_encoder.inversions import Inversions, find_inversions, places
 from imagemesh_services.text_encoder.windows import cut, side_by_side
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
+
+log = logging.getLogger(__name__)
 
 # One class under the two names that folders call it by.
 TOKENIZERS: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
 PARTS: Final = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+CLASSES: Final = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+class Words(TextualInversionLoaderMixin):  # type: ignore[misc]
+    """The library's textual inversions, for one encoder and its tokenizer."""
+
+    hf_device_map = None
+    components: Mapping[str, Any] = {}
+
+    def __init__(self, tokenizer: Any, model: Any, words: Mapping[str, torch.Tensor]) -> None:
+        self._tokenizer = tokenizer
+        self._some = bool(words)
+        if words:
+            given = [{word: vectors} for word, vectors in words.items()]
+            self.load_textual_inversion(given, token=list(words), tokenizer=tokenizer, text_encoder=model)
+
+    def spelled_out(self, text: str) -> str:
+        """The text with a word of several vectors as several words."""
+        return str(self.maybe_convert_prompt(text, self._tokenizer)) if self._some else text
 
 
 class Clip:
     """A CLIP text model with its tokenizer."""
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
+    def __init__(self, tokenizer: Any, model: Any, words: Mapping[str, torch.Tensor]) -> None:
         self.layers: int = model.config.num_hidden_layers
         self.window: int = tokenizer.model_max_length
         self.width: int = model.config.hidden_size
         self._tokenizer = tokenizer
         self._turn = Lock()  # a call sets options of the tokenizer, which another thread's call may be using
         self._model = model
+        self._words = Words(tokenizer, model, words)
 
     def tokenize(self, sections: Sequence[Section]) -> Tokens:
         """Every piece tokenized by itself."""
@@ -62,6 +88,7 @@ class Clip:
 
     def _ids(self, text: str) -> list[int]:
         with self._turn:
+            text = self._words.spelled_out(text)
             ids: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return ids
 
@@ -80,10 +107,11 @@ class TorchTextModel:
     skips_negative = True
     zeroes_empty_negative = False
 
-    def __init__(self, clip: Clip, fingerprint: str) -> None:
+    def __init__(self, clip: Clip, fingerprint: str, unusable: Mapping[str, str]) -> None:
         self._clip = clip
         self.layers = clip.layers
         self.fingerprint = fingerprint
+        self.unusable = unusable
         self.widths = (clip.width,)
 
     def tokenize(self, text: str) -> Tokens:
@@ -103,9 +131,12 @@ class TorchTextPair:
     # The library's own reading: clip_skip is the prompt's alone.
     skips_negative = False
 
-    def __init__(self, clips: Sequence[Clip], fingerprint: str, *, zeroes_empty_negative: bool) -> None:
+    def __init__(
+        self, clips: Sequence[Clip], fingerprint: str, unusable: Mapping[str, str], *, zeroes_empty_negative: bool
+    ) -> None:
         self._clips = clips
         self.fingerprint = fingerprint
+        self.unusable = unusable
         self.widths = [clip.width for clip in clips]
         self.layers = min(clip.layers for clip in clips)
         self.zeroes_empty_negative = zeroes_empty_negative
@@ -144,28 +175,61 @@ class TorchTextEncoder:
         folder = self._repository.folders()[name]
         parts = [folder.path / part for part in PARTS if folder.has(part)]
         marks = (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
-        fingerprint = fingerprint_of(parts, *map(str, marks))
+        fingerprint = fingerprint_of([*parts, *places(folder)], *map(str, marks))
+        encoders = _encoders(folder)
+        tokenizers = [CLIPTokenizer.from_pretrained(folder.path / _tokenizer(part)) for part in encoders]
+        words = _without_taken(folder, find_inversions(folder, _widths(folder)), tokenizers)
+        tensors = {word: (load_file(found.path), found.keys) for word, found in words.usable.items()}
+        clips = []
+        for i, (part, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
+            module = load_module(CLASSES[part], folder.path / part, self._dtype, self._device)
+            clips.append(Clip(tokenizer, module, {word: held[keys[i]] for word, (held, keys) in tensors.items()}))
         if not folder.has("text_encoder_2"):
-            return TorchTextModel(self._clip(folder, CLIPTextModel, ""), fingerprint)
-        clips = [self._clip(folder, CLIPTextModel, "")] if folder.has("text_encoder") else []
-        clips.append(self._clip(folder, CLIPTextModelWithProjection, "_2"))
+            return TorchTextModel(clips[0], fingerprint, words.unusable)
         if len({clip.window for clip in clips}) > 1:
-            raise FailedPrecondition(f"model {name}: its tokenizers have windows of different length")
+            raise FailedPrecondition(f"model {folder.name}: its tokenizers have windows of different length")
         zeroes = bool(folder.config.get("force_zeros_for_empty_prompt", True))
-        return TorchTextPair(clips, fingerprint, zeroes_empty_negative=zeroes)
+        return TorchTextPair(clips, fingerprint, words.unusable, zeroes_empty_negative=zeroes)
 
-    def _clip(self, folder: ModelFolder, cls: Any, suffix: str) -> Clip:
-        tokenizer = CLIPTokenizer.from_pretrained(folder.path / f"tokenizer{suffix}")
-        return Clip(tokenizer, load_module(cls, folder.path / f"text_encoder{suffix}", self._dtype, self._device))
+
+def _encoders(folder: ModelFolder) -> list[str]:
+    return [part for part in CLASSES if folder.has(part)]
+
+
+def _tokenizer(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _widths(folder: ModelFolder) -> list[int]:
+    return [int(folder.read(part, "config.json")["hidden_size"]) for part in _encoders(folder)]
+
+
+def _without_taken(folder: ModelFolder, found: Inversions, tokenizers: Sequence[Any]) -> Inversions:
+    """Without the words that a tokenizer has already, which so keep their meaning."""
+    for word, why in found.unusable.items():
+        log.warning("model %s: the embedding %s is left out: %s", folder.name, word, why)
+    taken = {token for tokenizer in tokenizers for token in tokenizer.get_vocab()}
+    usable = {}
+    for word, inversion in found.usable.items():
+        tokens = inversion.tokens(word)
+        if doubled := [token for token in tokens if token in taken]:
+            message = "model %s: the embedding %s is left out: there is a token %r already; give the file another name"
+            log.warning(message, folder.name, word, doubled[0])
+            continue
+        usable[word] = inversion
+        taken |= set(tokens)
+    return Inversions(usable, found.unusable)
 
 
 def _card(folder: ModelFolder) -> ModelCard | None:
-    wanted = {"text_encoder": CLIPTextModel.__name__, "text_encoder_2": CLIPTextModelWithProjection.__name__}
-    found = {part: folder.config[part][1] for part in wanted if folder.has(part)}
+    found = {part: folder.config[part][1] for part in _encoders(folder)}
     if not found or any(folder.has(f"text_encoder_{i}") for i in (3, 4)):
         return None
     for part, cls in found.items():
-        tokenizer = part.replace("text_encoder", "tokenizer")
-        if cls != wanted[part] or not folder.has(tokenizer) or folder.config[tokenizer][1] not in TOKENIZERS:
+        tokenizer = _tokenizer(part)
+        if cls != CLASSES[part].__name__ or not folder.has(tokenizer) or folder.config[tokenizer][1] not in TOKENIZERS:
             return None  # T5 of the same folder layout, for one
-    return ModelCard(folder.name, {"class": ", ".join(found.values())})
+    properties = {"class": ", ".join(found.values())}
+    if words := find_inversions(folder, _widths(folder)).usable:
+        properties["embeddings"] = ", ".join(sorted(words))
+    return ModelCard(folder.name, properties)
