@@ -41,6 +41,14 @@ class Lane:
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    def post(self, function: Callable[[], None]) -> None:
+        """Run ``function``, which must not raise, after what the lane has; from any thread, the lane's own too.
+
+        Raises:
+            RuntimeError: the lane is closed.
+        """
+        self._pool.submit(function)
+
     def close(self) -> None:
         """Let the work under way end and drop what waits."""
         self._pool.shutdown(wait=True, cancel_futures=True)

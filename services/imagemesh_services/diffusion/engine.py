@@ -27,11 +27,11 @@ from imagemesh_services.diffusion.generation import (
     Frozen,
     Generation,
     OpenControl,
-    Progress,
     Queued,
     Terms,
 )
 from imagemesh_services.diffusion.pace import Pace, finish_times
+from imagemesh_services.diffusion.ticks import Tick, Ticks
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class Engine:
         self._max_queue = max_queue
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
-        self._ticks = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._ticks: Ticks | None = None
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
@@ -150,6 +151,8 @@ class Engine:
         self._metrics.pending.set(sum(not one.gone for one in self._waiting))
         self._tell_backlog()
         self._changed.set()
+        if self._ticks is not None:
+            self._ticks.halt()
         if not self._closed and (self._worker is None or self._worker.done()):
             self._worker = asyncio.create_task(self._work())
 
@@ -167,12 +170,11 @@ class Engine:
                 await self._let_in()
                 batch = self._next_batch()
                 if batch:
-                    start = perf_counter()
                     await self._tick(batch)
-                    self._pace.note(batch[0].kind, sum(one.inputs.rows for one in batch), perf_counter() - start)
-                    self._tell_backlog()
                 elif self._active:
+                    self._tell_backlog()
                     await self._changed.wait()
+            self._tell_backlog()
         except Exception as error:
             # Not a request's fault but the engine's own: nobody is left to wait for ever.
             log.exception("the engine failed; every generation here ends")
@@ -203,7 +205,7 @@ class Engine:
             return True
         if generation.terms.alone or any(one.terms.alone for one in self._active):
             return False
-        return sum(one.inputs.rows for one in (*self._active, generation)) <= self._max_rows
+        return sum(one.rows for one in (*self._active, generation)) <= self._max_rows
 
     async def _let_in(self) -> None:
         """Start those at the head of the queue as long as their rows fit."""
@@ -240,43 +242,41 @@ class Engine:
         return [one for one in runnable if one.model is first.model and one.started.key == first.started.key]
 
     async def _tick(self, batch: Sequence[Generation]) -> None:
-        tick = next(self._ticks)
-        runs, residuals = [one.started for one in batch], [one.residuals for one in batch]
-        faults: Sequence[Exception | None]
+        """The next evaluation of all of these; more than one as long as there is nothing else to do."""
+        steady = len(batch) == len(self._active) and not any(one.open_control for one in batch)
+        self._ticks = ticks = Ticks(self._lane, batch, chained=steady and not self._changed.is_set())
         try:
-            with self._charging(*batch) as spent:
-                faults = await self._lane.run(batch[0].model.advance, runs, residuals)
-            self._metrics.step.observe(spent.compute_seconds)
-            if len(faults) != len(batch):
-                raise RuntimeError(f"{len(batch)} runs gave {len(faults)} answers")
-        except Exception as error:  # the backend broke its promise; end these, and go on for the others
-            faults = [error] * len(batch)
-        self._metrics.batch_size.observe(sum(one.inputs.rows for one in batch))
-        for generation, fault in zip(batch, faults, strict=True):
-            generation.last_tick = tick
-            generation.evaluated += 1
-            generation.residuals = None
-            if fault is not None:
-                self._end(generation, generation.blame(fault))
-            elif not generation.gone:
-                await self._tell(generation)
+            more = True
+            while more:
+                self._tell_backlog()  # while the lane works
+                tick = await ticks.next()
+                more = tick is not None and tick.more
+                if tick is not None:
+                    self._tell(batch, tick)
+        finally:
+            ticks.abandon()
 
-    async def _tell(self, generation: Generation) -> None:
-        """Say how far the generation is, and ask for what its next evaluation needs."""
-        try:
-            step = generation.started.steps_done()
-            shown = await self._lane.run(generation.started.preview) if generation.shows_at(step) else None
-            generation.events.put_nowait(Progress(step, shown))
-            generation.told = step
-            if generation.freezes_now:
-                generation.events.put_nowait(Frozen(await self._lane.run(generation.started.checkpoint)))
+    def _tell(self, batch: Sequence[Generation], tick: Tick) -> None:
+        """Note what the tick took, and tell what became of each."""
+        number = next(self._numbers)
+        self._pace.note(batch[0].kind, tick.rows, tick.queue + tick.compute)
+        self._metrics.step.observe(tick.forward)
+        self._metrics.batch_size.observe(tick.rows)
+        shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
+        for generation, outcome in zip(batch, tick.outcomes, strict=True):
+            generation.last_tick = number
+            generation.residuals = None
+            generation.call.queue_seconds += tick.queue
+            generation.call.compute_seconds += shared + outcome.seconds
+            if generation.gone:
+                continue
+            for event in outcome.events:
+                generation.events.put_nowait(event)
             generation.wanted.set()
-            if generation.evaluated == generation.started.evaluations:
-                with self._charging(generation):
-                    latents = await self._lane.run(generation.started.latents)
-                self._end(generation, generation.finished(latents))
-        except Exception as error:
-            self._end(generation, error)
+            if outcome.fault is not None:
+                generation.events.put_nowait(outcome.fault)
+            if outcome.last:
+                self._leave(generation)
 
     async def _steer(self, generation: Generation) -> None:
         """Ask the generation's ControlNets before each evaluation, as part of its own call."""

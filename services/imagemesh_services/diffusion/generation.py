@@ -121,6 +121,11 @@ class Generation:
         return (self.model.fingerprint, self.inputs.width, self.inputs.height)
 
     @property
+    def rows(self) -> int:
+        """Rows of the model's batch that it takes."""
+        return self.inputs.rows
+
+    @property
     def scheduler(self) -> str:
         """Its name, or "" for the model's own."""
         return self.inputs.scheduler.name if self.inputs.scheduler else ""
@@ -130,7 +135,7 @@ class Generation:
         expected = pace.evaluations(self.scheduler, self.inputs.steps_to_do)
         evaluations = self.run.evaluations if self.run is not None else expected
         behind = self.terms.resume_from.evaluation if self.run is None and self.terms.resume_from else self.evaluated
-        return Work(self.kind, self.inputs.rows, max(evaluations - behind, 1))
+        return Work(self.kind, self.rows, max(evaluations - behind, 1))
 
     @property
     def done(self) -> bool:

@@ -1,0 +1,148 @@
+"""Ticks: forwards that several generations share, and what each of them then has to tell.
+
+A tick is one piece of work on the lane. As long as nothing changes, the lane begins the next one by itself, and its
+device doesn't wait until the event loop has heard of the last.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from imagemesh_runtime.lanes import Lane
+from imagemesh_services.diffusion.generation import Event, Finished, Frozen, Generation, Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tick made of one generation.
+
+    Attributes:
+        events: what to tell its caller, in this order.
+        fault: what went wrong; it ends here.
+        seconds: of the lane's time that previews, checkpoints and the result took.
+    """
+
+    events: Sequence[Event] = ()
+    fault: Exception | None = None
+    seconds: float = 0.0
+
+    @property
+    def last(self) -> bool:
+        """Whether the generation ends with it."""
+        return self.fault is not None or any(isinstance(event, Finished) for event in self.events)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One that is over; times are in seconds.
+
+    Attributes:
+        outcomes: one for each generation of the batch.
+        queue: how long it waited for the lane.
+        forward: of the model alone.
+        compute: of all the lane did.
+        more: another one follows.
+    """
+
+    outcomes: Sequence[Outcome]
+    rows: int
+    queue: float
+    forward: float
+    compute: float
+    more: bool
+
+
+class Ticks:
+    """Ticks of one batch. The lane is at most one ahead of what ``next`` has told.
+
+    Args:
+        chained: whether the lane may go on by itself, until ``halt``.
+    """
+
+    def __init__(self, lane: Lane, batch: Sequence[Generation], *, chained: bool) -> None:
+        self.batch = batch
+        self._lane = lane
+        self._halted = not chained
+        self._abandoned = False
+        self._begun = self._told = 0
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Queue[Tick | None] = asyncio.Queue()
+        self._post()
+
+    def halt(self) -> None:
+        """Something changed: none is begun but the first."""
+        self._halted = True
+
+    def abandon(self) -> None:
+        """Nobody will ask: none is begun."""
+        self._halted = self._abandoned = True
+
+    async def next(self) -> Tick | None:
+        """Wait for the next one that is over; None: the one that was to follow was not begun."""
+        tick = await self._over.get()
+        self._told += 1
+        return tick
+
+    def _post(self) -> None:
+        submitted = perf_counter()
+        self._lane.post(lambda: self._run(submitted))
+
+    def _run(self, submitted: float) -> None:
+        """Called on the lane."""
+        tick = None
+        if not self._abandoned and not (self._halted and self._begun):
+            self._begun += 1
+            begun, rows = perf_counter(), sum(one.rows for one in self.batch)
+            outcomes, forward = advance(self.batch)
+            more = self._goes_on(outcomes)
+            tick = Tick(outcomes, rows, begun - submitted, forward, perf_counter() - begun, more)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._over.put_nowait, tick)
+
+    def _goes_on(self, outcomes: Sequence[Outcome]) -> bool:
+        if self._halted or self._begun > self._told + 1 or any(one.last for one in outcomes):
+            return False
+        try:
+            self._post()
+        except RuntimeError:  # the lane is being closed
+            return False
+        return True
+
+
+def advance(batch: Sequence[Generation]) -> tuple[list[Outcome], float]:
+    """Do the next evaluation of all in ``batch``; answers an outcome each, and the seconds of the forward.
+
+    Called on the lane. One generation's fault is its own, and one whose caller has gone has nothing to tell.
+    """
+    begun = perf_counter()
+    faults: Sequence[Exception | None]
+    try:
+        faults = batch[0].model.advance([one.started for one in batch], [one.residuals for one in batch])
+        if len(faults) != len(batch):
+            raise RuntimeError(f"{len(batch)} runs gave {len(faults)} answers")
+    except Exception as error:  # the backend broke its promise; these end, and the others go on
+        faults = [error] * len(batch)
+    seconds = perf_counter() - begun
+    return [_outcome(one, fault) for one, fault in zip(batch, faults, strict=True)], seconds
+
+
+def _outcome(generation: Generation, fault: Exception | None) -> Outcome:
+    generation.evaluated += 1
+    if fault is not None:
+        return Outcome(fault=generation.blame(fault))
+    if generation.gone:
+        return Outcome()
+    begun, run = perf_counter(), generation.started
+    events: list[Event] = []
+    try:
+        step = run.steps_done()
+        events.append(Progress(step, run.preview() if generation.shows_at(step) else None))
+        generation.told = step
+        if generation.freezes_now:
+            events.append(Frozen(run.checkpoint()))
+        if generation.done:
+            events.append(generation.finished(run.latents()))
+    except Exception as error:
+        fault = error
+    return Outcome(events, fault, perf_counter() - begun)
