@@ -25,6 +25,7 @@ def build_parser() -> ArgumentParser:
 
     _up(command("up", "server_commands:up", "run all services and the gateway in this process"))
     _serve(command("serve", "server_commands:serve", "run one service in this process"))
+    _tune(command("tune", "tune_command:tune", "measure how many rows of a batch pay here, for the diffusion service"))
     _demo(command("demo", "demo:demo", "start a mesh, make a picture, classify it, tell what each hop cost, stop"))
     _generate(command("generate", "client_commands:generate", "make pictures of a prompt"))
     _classify(command("classify", "client_commands:classify", "name what is in pictures"))
@@ -49,6 +50,17 @@ def _serve(parser: ArgumentParser) -> None:
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
         help="any setting of the service's configuration; repeatable",
     )  # fmt: skip
+    _models_and_config(parser)
+
+
+def _tune(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="default: all that the service has")
+    parser.add_argument(
+        "--size", type=_size, action="append", default=[], metavar="WxH", help="pixels; repeatable (default: its own)"
+    )
+    parser.add_argument("--max-rows", type=_count, metavar="N", help="most to try (default: the service's max_batch)")
+    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="forwards of each count (default: 5)")
+    parser.add_argument("--json", action="store_true", help="answer as JSON")
     _models_and_config(parser)
 
 
@@ -215,6 +227,12 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"not of the form 512x512: {text}")
     return int(width), int(height)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"not a number from 1 to 4096: {text}")
+    return int(text)
 
 
 def _port(text: str) -> int:

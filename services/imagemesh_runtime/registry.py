@@ -150,6 +150,10 @@ class LoadedModels(Generic[Model]):
         """Whether the model is in memory."""
         return name in self._loaded
 
+    def in_memory(self, name: str) -> Model | None:
+        """The model, if it is loaded."""
+        return self._loaded.get(name)
+
     async def get(self, name: str) -> Model:
         """The model, loaded. Whoever asks meanwhile waits for the same load, which outlives callers that leave.
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
 from imagemesh_runtime.config import ModelServerConfig, load
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.registry import LoadedModels, ModelCard
 from imagemesh_runtime.server import MeshServer, stop_signal
 
 Config = TypeVar("Config", bound=ModelServerConfig)
@@ -26,15 +26,16 @@ class ModelServer(MeshServer, Generic[Model]):
         self._models = models
         self._preload = [name for name in config.preload.split(",") if name]
         self._closers: list[Callable[[], Any]] = []
-        self.add(
-            model_service_pb2_grpc.add_ModelServiceServicer_to_server,
-            ModelServicer(metrics.service, models),
-            "imagemesh.v1.ModelService",
-        )
+        self._lister = ModelServicer(metrics.service, models)
+        self.add(model_service_pb2_grpc.add_ModelServiceServicer_to_server, self._lister, "imagemesh.v1.ModelService")
 
     def on_stop(self, close: Callable[[], Any]) -> None:
         """Await ``close()`` after the server has stopped."""
         self._closers.append(close)
+
+    def on_describe(self, describe: Callable[[ModelCard], Mapping[str, str]]) -> None:
+        """Add what ``describe`` answers to a model's properties whenever models are listed."""
+        self._lister.describe = describe
 
     async def start(self) -> None:
         """Bind, load what is to be preloaded, then say that the service is ready."""
@@ -57,6 +58,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     def __init__(self, role: str, models: LoadedModels[Any]) -> None:
         self._role = role
         self._models = models
+        # More properties of a model.
+        self.describe: Callable[[ModelCard], Mapping[str, str]] = lambda card: {}
 
     async def ListServedModels(
         self, request: model_service_pb2.ListServedModelsRequest, context: Any
@@ -72,7 +75,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 dtype=backend.dtype,
                 device=backend.device,
                 loaded=self._models.is_loaded(card.name),
-                properties=card.properties,
+                properties={**card.properties, **self.describe(card)},
             )
             for card in cards.values()
         ]

@@ -54,6 +54,14 @@ def _residuals(rows: int, value: float) -> Residuals:
     return Residuals(full[:-1], full[-1])
 
 
+def test_a_trial_is_one_row_of_the_size_that_was_asked_for(model):
+    run = model.start(model.trial(2 * SIDE, SIDE))
+    sample, _ = run.model_input()
+    assert sample.shape == (1, 4, SIDE // model.scale_factor, 2 * SIDE // model.scale_factor)
+    _advance(model, run)
+    assert np.isfinite(run.latents()).all()
+
+
 def test_latents_are_finite_and_of_the_pictures_size(model, inputs):
     latents = _finish(model, model.start(dataclasses.replace(inputs, width=2 * SIDE, seeds=(7, 8))))
     assert latents.dtype == np.float32

@@ -149,6 +149,9 @@ class DiffusionModel(Protocol):
             InvalidArgument: the conditioning doesn't fit the model, or the scheduler doesn't take so many steps.
         """
 
+    def trial(self, width: int, height: int) -> SampleInputs:
+        """Inputs of one row, of any content, to measure with."""
+
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
         """Do the next evaluation of each run, all in one forward; the runs' keys are equal.
 

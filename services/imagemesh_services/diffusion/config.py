@@ -13,8 +13,10 @@ class DiffusionConfig(ModelServerConfig):
     SERVICE: ClassVar[str] = "diffusion"
     listen: str = "127.0.0.1:50052"
     max_queue: int = 32
-    # Rows of all running generations together; with guidance a picture has two.
-    max_batch: int = 16
+    # Most rows of all running generations together, whatever was measured; with guidance a picture has two.
+    max_batch: int = 32
+    # Where `imagemesh tune` keeps what it measured; empty: in a file of the user's state.
+    knees_file: str = ""
     # Where the ControlNet service is; empty: requests with control units are refused.
     controlnet: str = ""
     # How long one step may wait for a ControlNet's residuals.

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -30,6 +30,7 @@ from imagemesh_services.diffusion.generation import (
     Queued,
     Terms,
 )
+from imagemesh_services.diffusion.limits import NOTHING, Limits
 from imagemesh_services.diffusion.pace import Pace, finish_times
 from imagemesh_services.diffusion.ticks import Tick, Ticks
 
@@ -47,12 +48,20 @@ class Engine:
     Args:
         max_rows: most rows of all running generations together; a generation that is larger by itself runs alone.
         max_queue: most generations that may wait; one more is refused.
+        tuned: the most rows of a kind of generations, as far as they were measured beforehand.
     """
 
-    def __init__(self, lane: Lane, metrics: Metrics, *, max_rows: int, max_queue: int) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        metrics: Metrics,
+        *,
+        max_rows: int,
+        max_queue: int,
+        tuned: Mapping[Hashable, int] = NOTHING,
+    ) -> None:
         self._lane = lane
         self._metrics = metrics
-        self._max_rows = max_rows
         self._max_queue = max_queue
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
@@ -63,6 +72,7 @@ class Engine:
         self._closed = False
         self._handing_back = False
         self._pace = Pace()
+        self.limits = Limits(max_rows, self._pace, tuned)
         self._backlog = metrics.backlog.labels(metrics.service)
 
     async def sample(
@@ -135,7 +145,7 @@ class Engine:
         remaining = generation.call.remaining()
         if remaining is None or seconds <= remaining * _SURE:
             return
-        alone = finish_times([], [generation.left(self._pace)], self._max_rows, self._pace)
+        alone = finish_times([], [generation.left(self._pace)], self.limits.fits, self._pace)
         own = alone[0] if alone else 0.0
         if own > remaining * _SURE:
             message = f"the generation takes about {own:.1f} s, and its deadline is in {remaining:.1f} s"
@@ -145,7 +155,7 @@ class Engine:
     def _finish_times(self, waiting: Sequence[Generation]) -> list[float] | None:
         """Seconds until each of those who run, and then of those who wait, is done; None: not known yet."""
         running = [one.left(self._pace) for one in self._active if not one.gone]
-        return finish_times(running, [one.left(self._pace) for one in waiting], self._max_rows, self._pace)
+        return finish_times(running, [one.left(self._pace) for one in waiting], self.limits.fits, self._pace)
 
     def _wake(self) -> None:
         self._metrics.pending.set(sum(not one.gone for one in self._waiting))
@@ -205,7 +215,7 @@ class Engine:
             return True
         if generation.terms.alone or any(one.terms.alone for one in self._active):
             return False
-        return sum(one.rows for one in (*self._active, generation)) <= self._max_rows
+        return self.limits.fits([one.left(self._pace) for one in self._active], generation.left(self._pace))
 
     async def _let_in(self) -> None:
         """Start those at the head of the queue as long as their rows fit."""

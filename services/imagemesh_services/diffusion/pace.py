@@ -4,15 +4,23 @@ The time of a tick is fitted as a * rows + t for every model and size: a is what
 itself. Nothing is assumed: before the first tick of a kind its time is unknown.
 """
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
 import numpy as np
 
-_WINDOW: Final = 64  # ticks remembered
+# Beyond the knee no batch, however large, has more throughput by over this much.
+GAIN: Final = 0.03
+
+_WINDOW: Final = 64  # ticks that the time of the next is told from
+_KINDS: Final = 256  # remembered; callers choose the sizes
+# What a knee is told from: so many ticks of each of two row counts or more, none of them older than so many ticks.
+_EACH: Final = 8
+_MEMORY: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -28,18 +36,56 @@ class Work:
     evaluations: int
 
 
+@dataclass
+class _Kind:
+    """What was measured of one kind."""
+
+    ticks: "deque[tuple[int, float]]" = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    by_rows: "dict[int, deque[tuple[int, float]]]" = field(default_factory=dict)
+    count: int = 0
+    fitted: tuple[float, float] | None = None
+    knee: int | None = None
+
+    def note(self, rows: int, seconds: float) -> None:
+        self.count += 1
+        self.fitted = None
+        self.ticks.append((rows, seconds))
+        self.by_rows.setdefault(rows, deque(maxlen=2 * _EACH)).append((self.count, seconds))
+        if self.count % _EACH == 0:
+            self.knee = self._find_knee()
+
+    def _find_knee(self) -> int | None:
+        old = self.count - _MEMORY
+        self.by_rows = {rows: of for rows, of in self.by_rows.items() if of[-1][0] > old}
+        known = [(rows, seconds) for rows, of in self.by_rows.items() if len(of) >= _EACH for _, seconds in of]
+        counts = {rows for rows, _ in known}
+        return knee(*fit(known)) if len(counts) > 1 and max(counts) >= 2 * min(counts) else None
+
+
 class Pace:
     """What was measured."""
 
     def __init__(self) -> None:
-        self._ticks: dict[Hashable, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=_WINDOW))
-        self._fits: dict[Hashable, tuple[float, float]] = {}
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._evaluations: dict[str, float] = {}
 
     def note(self, kind: Hashable, rows: int, seconds: float) -> None:
         """A tick of so many rows took so long."""
-        self._ticks[kind].append((rows, seconds))
-        self._fits.pop(kind, None)
+        self._kinds.setdefault(kind, _Kind()).note(rows, seconds)
+        self._kinds.move_to_end(kind)
+        if len(self._kinds) > _KINDS:
+            self._kinds.popitem(last=False)
+
+    def kinds(self) -> list[Hashable]:
+        """Those that ran, the last one last."""
+        return list(self._kinds)
+
+    def knee(self, kind: Hashable) -> int | None:
+        """The knee as far as ticks tell it; None: not enough of them yet, or there is none.
+
+        What was measured is forgotten when it is old, so that a knee found too low is tried beyond from time to time.
+        """
+        return self._kinds[kind].knee if kind in self._kinds else None
 
     def note_evaluations(self, scheduler: str, steps: int, evaluations: int) -> None:
         """So many steps of this scheduler evaluate the model so often."""
@@ -51,16 +97,27 @@ class Pace:
 
     def tick_seconds(self, kind: Hashable, rows: int) -> float | None:
         """Seconds of one tick of so many rows; None: never measured."""
-        if kind not in self._ticks:
+        known = self._kinds.get(kind)
+        if known is None:
             return None
-        if kind not in self._fits:
-            self._fits[kind] = fit(self._ticks[kind])
-        a, t = self._fits[kind]
+        if known.fitted is None:
+            known.fitted = fit(known.ticks)
+        a, t = known.fitted
         return a * rows + t
+
+
+def knee(a: float, t: float) -> int | None:
+    """The fewest rows at which throughput is within ``GAIN`` of what any batch can have; None: there is none.
+
+    With a * rows + t seconds a batch, that is rows / (a * rows + t) >= 1 / a / (1 + GAIN).
+    """
+    return None if a <= 0 else max(math.ceil(t / (a * GAIN) - 1e-9), 1)
 
 
 def fit(ticks: Iterable[tuple[int, float]]) -> tuple[float, float]:
     """Seconds a row and seconds a tick, neither negative, by least squares over the medians of each row count.
+
+    The errors are taken to be in proportion to the times.
 
     Medians, since on a shared machine a tick now and then takes ten times as long. With one row count alone nothing
     tells the two apart; all is then taken to be the rows'.
@@ -71,7 +128,7 @@ def fit(ticks: Iterable[tuple[int, float]]) -> tuple[float, float]:
     counts = np.array(sorted(by_rows), dtype=float)
     medians = np.array([median(by_rows[int(rows)]) for rows in counts])
     if len(counts) > 1:
-        weights = np.sqrt([len(by_rows[int(rows)]) for rows in counts])
+        weights = np.sqrt([len(by_rows[int(rows)]) for rows in counts]) / np.maximum(medians, 1e-9)
         a, t = (float(value) for value in np.polyfit(counts, medians, 1, w=weights))
         if a >= 0 and t >= 0:
             return a, t
@@ -80,8 +137,13 @@ def fit(ticks: Iterable[tuple[int, float]]) -> tuple[float, float]:
     return float((medians / counts).mean()), 0.0
 
 
-def finish_times(running: Sequence[Work], waiting: Sequence[Work], max_rows: int, pace: Pace) -> list[float] | None:
+def finish_times(
+    running: Sequence[Work], waiting: Sequence[Work], fits: Callable[[Sequence[Work], Work], bool], pace: Pace
+) -> list[float] | None:
     """Seconds until each is done, running ones first: the engine's own rules, played through.
+
+    Args:
+        fits: whether one more may run beside those who do.
 
     None: some of it is of a kind that was never measured.
     """
@@ -91,7 +153,7 @@ def finish_times(running: Sequence[Work], waiting: Sequence[Work], max_rows: int
     active, queue = list(range(len(running))), deque(range(len(running), len(order)))
     now = 0.0
     while active or queue:
-        while queue and (not active or sum(order[i].rows for i in (*active, queue[0])) <= max_rows):
+        while queue and fits([order[i] for i in active], order[queue[0]]):
             active.append(queue.popleft())
         together: Counter[Hashable] = Counter()
         for i in active:

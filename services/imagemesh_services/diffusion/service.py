@@ -21,6 +21,7 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
         controlnet = Peer("controlnet", config.controlnet, max_message_bytes=config.max_message_bytes)
         server.on_stop(controlnet.close)
     servicer = DiffusionServicer(config, models, controlnet, metrics)
+    server.on_describe(servicer.describe)
     server.on_drain(servicer.engine.hand_back)
     server.on_stop(servicer.engine.close)
     server.add(rpc.add_DiffusionServiceServicer_to_server, servicer, "imagemesh.v1.DiffusionService")

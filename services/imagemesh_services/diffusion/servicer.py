@@ -12,7 +12,7 @@ from imagemesh_runtime.client import Peer
 from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.registry import LoadedModels, ModelCard
 from imagemesh_runtime.tensors import Array, map_to_proto, to_proto
 from imagemesh_services.diffusion.backend import DiffusionModel
 from imagemesh_services.diffusion.checkpoint import request_digest, to_message
@@ -20,9 +20,12 @@ from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.knees import rows_on_file
 from imagemesh_services.diffusion.requests import read_inputs, read_terms
 from imagemesh_services.diffusion.scheduler_options import OPTIONS
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
+
+_SIZES_TOLD = 16
 
 
 class DiffusionServicer(rpc.DiffusionServiceServicer):
@@ -35,7 +38,26 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         self._models = models
         self._controlnet = controlnet
         self._metrics = metrics
-        self.engine = Engine(models.lane, metrics, max_rows=config.max_batch, max_queue=config.max_queue)
+        tuned = rows_on_file(config, models.backend.device, models.backend.dtype)
+        self.engine = Engine(models.lane, metrics, max_rows=config.max_batch, max_queue=config.max_queue, tuned=tuned)
+
+    def describe(self, card: ModelCard) -> Mapping[str, str]:
+        """The most rows of a batch that are in force for a model, at its own size and at those that were measured."""
+        limits, model = self.engine.limits, self._models.in_memory(card.name)
+        if model is None:
+            return {}
+        own = limits.of((model.fingerprint, int(card.properties["width"]), int(card.properties["height"])))
+        by_size = {}
+        for kind in limits.kinds():
+            if isinstance(kind, tuple) and kind[0] == model.fingerprint:
+                at = limits.of(kind)
+                by_size[f"{kind[1]}x{kind[2]}"] = f"{at.rows} {at.source}"
+        told = {"max_rows": str(own.rows), "max_rows_from": own.source}
+        if by_size:
+            told["max_rows_by_size"] = ", ".join(
+                f"{size}: {limit}" for size, limit in list(by_size.items())[-_SIZES_TOLD:]
+            )
+        return told
 
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
         try:

@@ -131,6 +131,10 @@ class FakeDiffusionModel:
             raise InvalidArgument("conditioning['prompt_embeds']", f"width {width}", f"of width {CHANNELS}")
         return FakeRun(inputs)
 
+    def trial(self, width: int, height: int) -> SampleInputs:
+        embeds = np.zeros((1, 8, CHANNELS), dtype=np.float32)
+        return SampleInputs({"prompt_embeds": embeds}, width, height, 20, 1.0, None, (0,))
+
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
         faults: list[Exception | None] = []
         for run, added in zip(runs, residuals, strict=True):

@@ -25,6 +25,7 @@ from imagemesh_services.diffusion.backends.torch.start import (
     LatentScale,
     check_image,
 )
+from imagemesh_services.diffusion.backends.torch.trial import trial_inputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
@@ -82,6 +83,10 @@ class TorchDiffusionModel:
             raise InvalidArgument("steps", inputs.steps, f"a number that {name} can do ({error})") from error
         run.check_timesteps()
         return run
+
+    def trial(self, width: int, height: int) -> SampleInputs:
+        latents = (self._channels, height // self.scale_factor, width // self.scale_factor)
+        return trial_inputs(self._family, self._unet, latents, (width, height))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
