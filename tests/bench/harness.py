@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,35 @@ class Figure:
 HEADER = f"{'figure':<58} {'median':>9} {'unit':<6} {'quartiles':>20} {'n':>4}  target"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on the wall and of all cores."""
+
+    wall: float
+    cpu: float
+
+
 def interleave(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every arm in every round; each round runs the arms in the opposite order of the one before."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    costs = interleave_costs(arms, rounds, process_time)
+    return {name: [cost.wall for cost in found] for name, found in costs.items()}
+
+
+def interleave_costs(
+    arms: Mapping[str, Callable[[], object]], rounds: int, cpu: Callable[[], float]
+) -> dict[str, list[Cost]]:
+    """The same with the CPU seconds of whatever processes ``cpu`` counts."""
+    costs: dict[str, list[Cost]] = {name: [] for name in arms}
     names = list(arms)
     for name in names:
         arms[name]()  # warm up
     for _ in range(rounds):
         for name in names:
-            start = perf_counter()
+            start, spent = perf_counter(), cpu()
             arms[name]()
-            seconds[name].append(perf_counter() - start)
+            costs[name].append(Cost(perf_counter() - start, cpu() - spent))
         names.reverse()
-    return seconds
+    return costs
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:

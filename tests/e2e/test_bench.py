@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import hops
-from tests.bench.harness import HEADER, Figure, interleave, ratios
+from tests.bench import alone, batching, declared, hops
+from tests.bench.harness import HEADER, Figure, interleave, interleave_costs, ratios
 from tests.support.sizes import ROOT
 
 HOPS = ("a prompt (0.6 kB)", "latents of 512x512 (0.85 MB)", "latents of 8 x 1024x1024 (27 MB)")
@@ -21,6 +21,12 @@ def test_arms_warm_up_and_then_take_turns_in_alternating_order() -> None:
     assert "".join(ran) == "ab" + "ab" + "ba" + "ab"
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}
     assert all(sample >= 0 for samples in seconds.values() for sample in samples)
+
+
+def test_costs_are_of_the_wall_and_of_the_processes_that_are_counted() -> None:
+    spent = iter(range(100))
+    costs = interleave_costs({"a": lambda: None}, rounds=2, cpu=lambda: float(next(spent)))
+    assert [cost.cpu for cost in costs["a"]] == [1.0, 1.0]
 
 
 def test_ratios_compare_round_by_round() -> None:
@@ -56,3 +62,31 @@ def test_one_round_of_the_hops_is_measured_printed_and_written(tmp_path: Path) -
     assert all(figure["samples"] == 1 and figure["median"] >= 0 for figure in written["figures"])
     assert all(name in done.stdout for name in names)
     assert written["machine"]["cores"] == os.cpu_count()
+
+
+def test_requests_of_mixed_settings_are_measured_together_in_turn_and_against_what_the_model_allows(
+    models: Path,
+) -> None:
+    figures = {figure.name.split(": ")[1]: figure for figure in batching.measure(models, "tiny-sd", 64, 1, share=0.2)}
+    gain, allowed = figures["8 mixed requests, together / in turn"], figures["what a and t allow for their rows"]
+    assert figures["share of that"].median == pytest.approx(gain.median / allowed.median)
+    assert allowed.median >= 1
+    assert 1 <= figures["requests in a forward, mean"].median <= 8
+
+
+def test_a_lone_request_is_measured_against_diffusers_whole_and_step_by_step(models: Path) -> None:
+    figures = alone.measure(models, "tiny-sd", 64, rounds=1)
+    assert [figure.samples for figure in figures] == [1, 1, alone.STEPS - 1, alone.STEPS - 1]
+    assert all(figure.median > 0 for figure in figures)
+
+
+def test_the_engines_wait_is_measured_against_whole_requests() -> None:
+    engine, whole, shorter = declared.wait(rounds=1, requests=12, seconds=0.01)
+    assert shorter.median == pytest.approx(whole.median / engine.median)
+    assert engine.median > 0
+
+
+def test_an_engines_throughput_is_measured_against_the_declared_devices_capacity() -> None:
+    rows, share = declared.capacity(rounds=1, requests=12, a=0.001, t=0.001)
+    assert 4 <= rows.median <= 12
+    assert 0 < share.median < 1
