@@ -38,7 +38,7 @@ class Device(FakeDiffusionModel):
         return median(end - begun for begun, end, _ in self.forwards)
 
 
-def wait(rounds: int, requests: int = 60, seconds: float = 0.025) -> list[Figure]:
+def wait(rounds: int, requests: int = 60, seconds: float = 0.05) -> list[Figure]:
     """Mean wait in steps from arrival to the start of the first forward, where 20-step jobs come now and then.
 
     A job comes every 20 / 6 steps on the average, at the same moments in both arms: six run at a time.
