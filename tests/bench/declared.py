@@ -4,7 +4,8 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from statistics import mean, median
+
+import numpy as np
 
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel
@@ -32,13 +33,8 @@ class Device(FakeDiffusionModel):
         self.forwards.append((begun, time.perf_counter(), len(runs)))
         return faults
 
-    @property
-    def step(self) -> float:
-        """Seconds of a forward, the median."""
-        return median(end - begun for begun, end, _ in self.forwards)
 
-
-def wait(rounds: int, requests: int = 60, seconds: float = 0.05) -> list[Figure]:
+def wait(rounds: int, requests: int = 40, seconds: float = 0.1) -> list[Figure]:
     """Mean wait in steps from arrival to the start of the first forward, where 20-step jobs come now and then.
 
     A job comes every 20 / 6 steps on the average, at the same moments in both arms: six run at a time.
@@ -64,8 +60,13 @@ def _device(seconds: float) -> Device:
 
 
 def _wait(device: Device, arrived: dict[int, float]) -> float:
-    """The mean, in steps; the first job, which finds nobody busy, is left out."""
-    return mean(device.first[seed] - at for seed, at in arrived.items() if seed) / device.step
+    """The mean, in steps; the first job, which finds nobody busy, is left out.
+
+    A step is counted from the beginning of a forward to that of the next, however long this one took.
+    """
+    begins = [begun for begun, _, _ in device.forwards]
+    moments = [(at, device.first[seed]) for seed, at in arrived.items() if seed]
+    return float(np.diff(np.interp(moments, begins, range(len(begins)))).mean())
 
 
 def _waits_of_engine(gaps: Sequence[float], seconds: float) -> float:
