@@ -47,6 +47,8 @@ def generation_options(args: Namespace) -> GenerateOptions:
         height=args.size[1] if args.size else None,
         scheduler=args.scheduler,
         scheduler_options=dict(args.scheduler_option),
+        guider=args.guider,
+        guider_options=dict(args.guider_option),
         n=args.n,
         clip_skip=args.clip_skip,
         literal_prompt=args.literal_prompt,

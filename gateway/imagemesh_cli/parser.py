@@ -136,8 +136,13 @@ def _generation(parser: ArgumentParser) -> None:
     add("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
     add("--scheduler", default="", metavar="NAME", help='such as "Euler a" (default: the model\'s own)')
     add(
-        "--scheduler-option", type=_scheduler_option, action="append", default=[], metavar="NAME=VALUE",
+        "--scheduler-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
         help="such as solver_order=3 or timestep_spacing=trailing; repeatable",
+    )  # fmt: skip
+    add("--guider", default="", metavar="NAME", help='how guidance is done, such as "APG" or "PAG" (default: "CFG")')
+    add(
+        "--guider-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+        help="such as guidance_rescale=0.7 or perturbed_guidance_layers=mid_block; repeatable",
     )  # fmt: skip
     add("--model", default="", metavar="NAME", help="default: the mesh's own; see imagemesh models")
     add("-n", type=int, default=1, metavar="COUNT", help="how many pictures (default: 1)")
@@ -191,7 +196,7 @@ def _embed(parser: ArgumentParser) -> None:
     _client(parser)
 
 
-def _scheduler_option(text: str) -> tuple[str, bool | float | str]:
+def _option(text: str) -> tuple[str, bool | float | str]:
     """The value as JSON, or as the word that it is."""
     name, equals, value = text.partition("=")
     if not (name and equals):

@@ -81,6 +81,8 @@ def _parameters(parameters: pb.GenerateParameters) -> Parameters:
         seed=parameters.seed,
         clip_skip=parameters.clip_skip,
         backends=dict(parameters.backends),
+        guider=parameters.guider,
+        guider_options=dict(parameters.guider_options),
     )
 
 

@@ -1,7 +1,7 @@
 """From arguments to requests. What the gateway can judge better is left to it; here only what a field can't hold."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -72,7 +72,16 @@ class PromptOptions(TypedDict, total=False):
     literal_prompt: bool
 
 
-class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, total=False):
+class GuiderOptions(TypedDict, total=False):
+    """How guidance is done."""
+
+    # "CFG" (the default), "APG", "PAG"...; DiffusionService.ListGuiders tells them.
+    guider: str
+    # Of the guider, such as {"guidance_rescale": 0.7}.
+    guider_options: Mapping[str, bool | float | str | Sequence[str]]
+
+
+class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
@@ -96,7 +105,7 @@ class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions,
     hires: Hires | None
 
 
-class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, total=False):
+class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, total=False):
     """What ``generate_request`` hands on."""
 
 
@@ -136,7 +145,7 @@ def generate_request(
         clip_skip=_whole("clip_skip", clip_skip, UINT32),
         controls=[_control(f"controls[{i}]", control) for i, control in enumerate(controls)],
         hires=None if hires is None else _hires(hires),
-        **_noise(more),
+        **_noise(more) | _guider(more),
         **_source(more),
         **_course(more),
     )
@@ -160,6 +169,15 @@ def _course(options: MoreOptions) -> dict[str, Any]:
         "literal_prompt": bool(options.get("literal_prompt", False)),
         "priority": _priority(options.get("priority")),
         "preview_every": _whole("preview_every", options.get("preview_every", 0), UINT32),
+    }
+
+
+def _guider(options: MoreOptions) -> dict[str, Any]:
+    """The fields of ``GuiderOptions``."""
+    given = options.get("guider_options", {})
+    return {
+        "guider": _text("guider", options.get("guider", "")),
+        "guider_options": {_text("guider_options", name): json.dumps(value) for name, value in given.items()},
     }
 
 

@@ -97,6 +97,9 @@ class Parameters:
     clip_skip: int
     # What ran each stage, such as "vae" to "torch".
     backends: Mapping[str, str]
+    guider: str = ""
+    # JSON values by name, as far as the request set them.
+    guider_options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

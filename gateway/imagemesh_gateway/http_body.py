@@ -59,6 +59,8 @@ ALLOWED: Final = {
     "scheduler": _TEXT,
     "model": _TEXT,
     "scheduler_options": "an object of numbers, strings, true and false by name",
+    "guider": _TEXT,
+    "guider_options": "an object of numbers, strings, lists of strings, true and false by name",
     "clip_skip": "a whole number from 0",
     "literal_prompt": "true or false",
     "num_images": f"1 to {MAX_IMAGES}",
@@ -133,6 +135,8 @@ class GenerateBody(_Strict):
     scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
     model: Text = ""
     scheduler_options: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
+    guider: Text = Field("", description="How guidance is done, such as 'APG' or 'PAG'; empty is 'CFG'.")
+    guider_options: dict[Text, bool | int | float | Text | list[Text]] = Field(default_factory=dict)
     clip_skip: int = Field(0, ge=0, le=2**31)
     literal_prompt: bool = Field(False, description="Brackets are text, and neither weigh words nor change them.")
     num_images: int | None = Field(None, ge=1, le=MAX_IMAGES)
@@ -159,11 +163,16 @@ class GenerateBody(_Strict):
         return pb.GenerateRequest(**values)
 
 
+def _json_values(given: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in given.items()}
+
+
 # From the body's names and values to the message's, where they differ.
 _RENAMED: Final = {"guidance": "guidance_scale"}
 _CHANGED: Final[Mapping[str, Callable[[Any], Any]]] = {
     "guidance": float,
-    "scheduler_options": lambda given: {name: json.dumps(value) for name, value in given.items()},
+    "scheduler_options": _json_values,
+    "guider_options": _json_values,
     "image": lambda file: image_pb2.Image(encoded=file),
     "mask": lambda file: image_pb2.Image(encoded=file),
     "priority": lambda name: priority_pb2.Priority.Value(f"PRIORITY_{name.upper()}"),

@@ -1,6 +1,8 @@
 """Pictures on their way out (PNG with what made them) and control pictures on their way in."""
 
 import io
+import json
+import re
 
 import numpy as np
 from PIL import Image
@@ -37,6 +39,9 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields["Variation seed"] = plan.variation_seeds[index]
         fields["Variation seed strength"] = f"{plan.variation_strength:g}"
     fields |= {name: value.strip('"') for name, value in sorted(plan.scheduler_options.items())}
+    if plan.guider:
+        fields["Guider"] = plan.guider
+    fields |= {name: _text(value) for name, value in sorted(plan.guider_options.items())}
     if plan.image is not None:
         fields["Denoising strength"] = f"{plan.image.strength:g}"
     if plan.hires is not None:
@@ -48,6 +53,12 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _text(value: str) -> str:
+    """A JSON value as those tools read it: in quotes where it has a comma, a colon or a line's end."""
+    text = value[1:-1] if re.fullmatch(r'"[^"\\]*"', value) else value
+    return json.dumps(text) if re.search(r"[,:\n]", text) else text
 
 
 def control_picture(plan: Plan, index: int) -> Array:

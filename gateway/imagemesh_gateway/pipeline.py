@@ -13,7 +13,7 @@ from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.passes import Start, Tensors, Turn, decode_latents, first_start, second_start, turns
 from imagemesh_gateway.pictures import control_picture, describe, encode_png
 from imagemesh_gateway.placement import sample
-from imagemesh_gateway.plan import Plan
+from imagemesh_gateway.plan import DEFAULT_GUIDER, Plan
 from imagemesh_gateway.previews import Previews
 from imagemesh_gateway.sources import lay_over
 from imagemesh_runtime.errors import Unavailable
@@ -107,6 +107,8 @@ def _sample_request(
         variation_seeds=plan.variation_seeds,
         variation_strength=plan.variation_strength,
         scheduler_options=plan.scheduler_options,
+        guider=plan.guider,
+        guider_options=plan.guider_options,
         preview_every=plan.preview_every,
     )
 
@@ -165,6 +167,8 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         backends=ledger.backends,
         variation_seed=plan.variation_seeds[0] if plan.variation_seeds else None,
         variation_strength=plan.variation_strength,
+        guider=plan.guider or DEFAULT_GUIDER,
+        guider_options=plan.guider_options,
     )
     pictures = [pb.GeneratedImage(png=png, seed=seed) for png, seed in zip(files, plan.seeds, strict=True)]
     return pb.GenerateResult(id=plan.id, images=pictures, parameters=parameters, timings=ledger.timings())

@@ -25,6 +25,7 @@ from imagemesh_runtime.limits import (
 # For models that don't say what suits them.
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 7.5
+DEFAULT_GUIDER = "CFG"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Plan:
     variation_seeds: tuple[int, ...] = ()
     variation_strength: float = 0.0
     scheduler_options: Mapping[str, str] = field(default_factory=dict)
+    # Empty: classifier-free guidance.
+    guider: str = ""
+    guider_options: Mapping[str, str] = field(default_factory=dict)
     priority: "priority_pb2.Priority.ValueType" = priority_pb2.PRIORITY_UNSPECIFIED
     # Steps between two previews; 0: none.
     preview_every: int = 0
@@ -68,7 +72,7 @@ class Plan:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance is on."""
+        """Whether there is guidance by the negative prompt."""
         return self.guidance_scale > 1
 
 
@@ -104,6 +108,8 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         variation_seeds=_variation_seeds(request, len(seeds)),
         variation_strength=request.variation_strength,
         scheduler_options=dict(request.scheduler_options),
+        guider=request.guider,
+        guider_options=dict(request.guider_options),
         priority=_priority(request),
         preview_every=request.preview_every,
         hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),

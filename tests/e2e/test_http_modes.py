@@ -91,6 +91,11 @@ def test_seeds_variations_options_and_priority(mesh: MeshHost) -> None:
     same(mesh, noise | course | {"priority": "batch"}, **noise, **course, priority="batch")
 
 
+def test_guiders(mesh: MeshHost) -> None:
+    layers = {"guider": "PAG", "guider_options": {"perturbed_guidance_layers": ["mid_block"], "stop": 0.8}}
+    same(mesh, layers, **layers)  # type: ignore[arg-type]
+
+
 def test_several_pictures(mesh: MeshHost) -> None:
     same(mesh, {"num_images": 2}, n=2)
 
@@ -105,6 +110,9 @@ def test_several_pictures(mesh: MeshHost) -> None:
         ({"strength": 1.5}, "strength", "above 0, and at most 1"),
         ({"priority": "urgent"}, "priority", "interactive, normal, batch"),
         ({"scheduler_options": {"solver_order": [3]}}, "scheduler_options", "an object of numbers"),
+        ({"guider_options": {"stop": {}}}, "guider_options", "an object of numbers"),
+        ({"guider_options": {"stop": 2}}, "guider_options", "a number from 0 to 1"),
+        ({"guider": "SEG"}, "guider", "available: APG"),
         ({"seeds": [-1]}, "seeds.0", "a list of at most 64"),
         ({"hires": {"scale": 2, "upscaler": 3}}, "hires.upscaler", "a string of valid Unicode"),
         ({"hires": {"scale": 2, "sneed": 3}}, "hires.sneed", "left out (the fields are scale, width, height, upscaler"),

@@ -134,3 +134,18 @@ def test_a_limit_is_its_kinds_and_the_bound_is_all_kinds_together() -> None:
     assert fits([Work("other", 2, 1)], Work("k", 6, 1))  # more than the limit, but by itself among its kind
     assert not fits([Work("other", 3, 1)], Work("k", 6, 1))
     assert fits([], Work("k", 99, 1))
+
+
+def test_forwards_that_are_not_shared_are_told_apart_from_rows() -> None:
+    pace = Pace()
+    for rows, forwards in ((1, 1), (4, 2), (8, 2), (2, 1)):
+        pace.note("k", rows, 0.01 * rows + 0.05 * forwards, forwards)
+    assert pace.tick_seconds("k", 6, 3) == pytest.approx(0.06 + 0.15)
+    assert finish_times([Work("k", 3, 10, own=1)], [], limited(16), pace) == pytest.approx([10 * (0.03 + 0.1)])
+
+
+def test_rows_that_guidance_no_longer_needs_are_free_for_others() -> None:
+    guided = Work("k", 8, 10, then=Work("k", 4, 10))
+    times = finish_times([guided], [Work("k", 4, 5)], limited(8), paced())
+    full, half = 0.01 * 8 + 0.05, 0.01 * 4 + 0.05
+    assert times == pytest.approx([10 * full + 5 * full + 5 * half, 10 * full + 5 * full])

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.checkpoint import Checkpoint
+from imagemesh_services.diffusion.guiders import CFG, Guider, Passes
 from imagemesh_services.diffusion.phases import Phase, phase_at
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
@@ -56,6 +57,8 @@ class SampleInputs:
     # Other seeds, one a picture, and how far its noise is turned towards theirs, 0 to 1.
     variation_seeds: Sequence[int] = ()
     variation_strength: float = 0.0
+    # How the passes of the model become one prediction.
+    guider: Guider = CFG
 
     @property
     def steps_to_do(self) -> int:
@@ -73,8 +76,16 @@ class SampleInputs:
 
     @property
     def rows(self) -> int:
-        """Rows of the model's batch: one a picture, two with guidance."""
+        """Rows of all conditions: one a picture, two with guidance."""
         return len(self.seeds) * (2 if self.guided else 1)
+
+    def passes(self, evaluation: int, evaluations: int) -> Passes:
+        """The guider's passes at this evaluation of so many, a row a picture each."""
+        return self.guider.passes(self.guided, evaluation, evaluations)
+
+    def forwards(self, passes: Passes) -> int:
+        """Forwards that such passes need besides the one that is shared."""
+        return passes.own * (len(self.seeds) if self.guider.draws else 1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,8 @@ class Residuals:
 class Run(Protocol):
     """One generation under way. Every method is called on the lane.
 
-    Rows are pictures, twice as many with guidance: then the negative rows come first.
+    Rows are pictures, twice as many with guidance: then the negative rows come first. Which of them an evaluation needs
+    is the guider's affair, see ``SampleInputs.passes``.
     """
 
     # Forward passes of the model in all, and the steps that the user counts them as.

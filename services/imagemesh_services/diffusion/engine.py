@@ -46,7 +46,8 @@ class Engine:
     """Runs generations on a lane.
 
     Args:
-        max_rows: most rows of all running generations together; a generation that is larger by itself runs alone.
+        max_rows: most rows of all running generations together at any evaluation that they have before them; a
+            generation that is larger by itself runs alone.
         max_queue: most generations that may wait; one more is refused.
         tuned: the most rows of a kind of generations, as far as they were measured beforehand.
     """
@@ -269,9 +270,9 @@ class Engine:
     def _tell(self, batch: Sequence[Generation], tick: Tick) -> None:
         """Note what the tick took, and tell what became of each."""
         number = next(self._numbers)
-        self._pace.note(batch[0].kind, tick.rows, tick.queue + tick.compute)
+        self._pace.note(batch[0].kind, tick.cost.rows, tick.queue + tick.compute, tick.cost.forwards)
         self._metrics.step.observe(tick.forward)
-        self._metrics.batch_size.observe(tick.rows)
+        self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
         for generation, outcome in zip(batch, tick.outcomes, strict=True):
             generation.last_tick = number

@@ -12,6 +12,7 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
 from imagemesh_services.diffusion.control import Control
+from imagemesh_services.diffusion.guiders import Passes
 from imagemesh_services.diffusion.pace import Pace, Work
 
 # Opens the sessions with the ControlNets, given the rows' prompt embeddings and what some families add to them.
@@ -76,6 +77,15 @@ class Terms:
     preview_every: int = 0
 
 
+def work_of(inputs: SampleInputs, kind: Hashable, behind: int, evaluations: int) -> Work:
+    """What the evaluations from ``behind`` on cost: their number may change when guidance begins or ends."""
+    work: Work | None = None
+    for count, passes in reversed(inputs.guider.stretches(inputs.guided, evaluations, behind)):
+        work = Work(kind, len(inputs.seeds) * passes.all, count, inputs.forwards(passes), work)
+    assert work is not None, "an evaluation is left"
+    return work
+
+
 @dataclass(eq=False)
 class Generation:
     """One request from its arrival to its last event. Belongs to the call that made it."""
@@ -121,11 +131,6 @@ class Generation:
         return (self.model.fingerprint, self.inputs.width, self.inputs.height)
 
     @property
-    def rows(self) -> int:
-        """Rows of the model's batch that it takes."""
-        return self.inputs.rows
-
-    @property
     def scheduler(self) -> str:
         """Its name, or "" for the model's own."""
         return self.inputs.scheduler.name if self.inputs.scheduler else ""
@@ -135,7 +140,12 @@ class Generation:
         expected = pace.evaluations(self.scheduler, self.inputs.steps_to_do)
         evaluations = self.run.evaluations if self.run is not None else expected
         behind = self.terms.resume_from.evaluation if self.run is None and self.terms.resume_from else self.evaluated
-        return Work(self.kind, self.rows, max(evaluations - behind, 1))
+        return work_of(self.inputs, self.kind, min(behind, evaluations - 1), evaluations)
+
+    @property
+    def passes(self) -> Passes:
+        """What its guider wants at the next evaluation."""
+        return self.inputs.passes(self.evaluated, self.started.evaluations)
 
     @property
     def done(self) -> bool:

@@ -52,7 +52,7 @@ class Limits:
         """Whether ``more`` may run beside those; by itself everything may."""
         if not running:
             return True
-        if sum(work.rows for work in running) + more.rows > self.max_rows:
+        if sum(work.peak for work in running) + more.peak > self.max_rows:
             return False
-        like = sum(work.rows for work in running if work.kind == more.kind)
-        return not like or like + more.rows <= self.of(more.kind).rows
+        like = sum(work.peak for work in running if work.kind == more.kind)
+        return not like or like + more.peak <= self.of(more.kind).rows

@@ -29,27 +29,39 @@ class Work:
 
     Attributes:
         kind: generations of equal kinds share forwards.
+        rows: rows at each of these evaluations.
+        own: forwards at each of them that are not shared.
+        then: what comes after them, at another cost.
     """
 
     kind: Hashable
     rows: int
     evaluations: int
+    own: int = 0
+    then: "Work | None" = None
+
+    @property
+    def peak(self) -> int:
+        """The most rows of any evaluation."""
+        return max(self.rows, self.then.peak if self.then else 0)
 
 
 @dataclass
 class _Kind:
     """What was measured of one kind."""
 
-    ticks: "deque[tuple[int, float]]" = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    ticks: "deque[tuple[float, float]]" = field(default_factory=lambda: deque(maxlen=_WINDOW))
     by_rows: "dict[int, deque[tuple[int, float]]]" = field(default_factory=dict)
     count: int = 0
     fitted: tuple[float, float] | None = None
     knee: int | None = None
 
-    def note(self, rows: int, seconds: float) -> None:
+    def note(self, rows: int, seconds: float, forwards: int) -> None:
         self.count += 1
         self.fitted = None
-        self.ticks.append((rows, seconds))
+        self.ticks.append((rows / forwards, seconds / forwards))
+        if forwards > 1:
+            return  # of batching they say nothing
         self.by_rows.setdefault(rows, deque(maxlen=2 * _EACH)).append((self.count, seconds))
         if self.count % _EACH == 0:
             self.knee = self._find_knee()
@@ -69,9 +81,9 @@ class Pace:
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._evaluations: dict[str, float] = {}
 
-    def note(self, kind: Hashable, rows: int, seconds: float) -> None:
-        """A tick of so many rows took so long."""
-        self._kinds.setdefault(kind, _Kind()).note(rows, seconds)
+    def note(self, kind: Hashable, rows: int, seconds: float, forwards: int = 1) -> None:
+        """A tick of so many rows in so many forwards took so long."""
+        self._kinds.setdefault(kind, _Kind()).note(rows, seconds, forwards)
         self._kinds.move_to_end(kind)
         if len(self._kinds) > _KINDS:
             self._kinds.popitem(last=False)
@@ -95,15 +107,15 @@ class Pace:
         """Evaluations to expect; one a step for a scheduler that hasn't run here."""
         return max(round(steps * self._evaluations.get(scheduler, 1.0)), 1)
 
-    def tick_seconds(self, kind: Hashable, rows: int) -> float | None:
-        """Seconds of one tick of so many rows; None: never measured."""
+    def tick_seconds(self, kind: Hashable, rows: int, forwards: int = 1) -> float | None:
+        """Seconds of one tick of so many rows in so many forwards; None: never measured."""
         known = self._kinds.get(kind)
         if known is None:
             return None
         if known.fitted is None:
             known.fitted = fit(known.ticks)
         a, t = known.fitted
-        return a * rows + t
+        return a * rows + t * forwards
 
 
 def knee(a: float, t: float) -> int | None:
@@ -114,7 +126,7 @@ def knee(a: float, t: float) -> int | None:
     return None if a <= 0 else max(math.ceil(t / (a * GAIN) - 1e-9), 1)
 
 
-def fit(ticks: Iterable[tuple[int, float]]) -> tuple[float, float]:
+def fit(ticks: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """Seconds a row and seconds a tick, neither negative, by least squares over the medians of each row count.
 
     The errors are taken to be in proportion to the times.
@@ -122,13 +134,13 @@ def fit(ticks: Iterable[tuple[int, float]]) -> tuple[float, float]:
     Medians, since on a shared machine a tick now and then takes ten times as long. With one row count alone nothing
     tells the two apart; all is then taken to be the rows'.
     """
-    by_rows: dict[int, list[float]] = defaultdict(list)
+    by_rows: dict[float, list[float]] = defaultdict(list)
     for rows, seconds in ticks:
         by_rows[rows].append(seconds)
     counts = np.array(sorted(by_rows), dtype=float)
-    medians = np.array([median(by_rows[int(rows)]) for rows in counts])
+    medians = np.array([median(by_rows[rows]) for rows in counts])
     if len(counts) > 1:
-        weights = np.sqrt([len(by_rows[int(rows)]) for rows in counts]) / np.maximum(medians, 1e-9)
+        weights = np.sqrt([len(by_rows[rows]) for rows in counts]) / np.maximum(medians, 1e-9)
         a, t = (float(value) for value in np.polyfit(counts, medians, 1, w=weights))
         if a >= 0 and t >= 0:
             return a, t
@@ -147,7 +159,7 @@ def finish_times(
 
     None: some of it is of a kind that was never measured.
     """
-    order = [*running, *waiting]
+    order: list[Work] = [*running, *waiting]
     left = [work.evaluations for work in order]
     times = [0.0] * len(order)
     active, queue = list(range(len(running))), deque(range(len(running), len(order)))
@@ -155,10 +167,12 @@ def finish_times(
     while active or queue:
         while queue and fits([order[i] for i in active], order[queue[0]]):
             active.append(queue.popleft())
-        together: Counter[Hashable] = Counter()
+        rows: Counter[Hashable] = Counter()
+        forwards: Counter[Hashable] = Counter({order[i].kind: 1 for i in active})
         for i in active:
-            together[order[i].kind] += order[i].rows
-        seconds = [pace.tick_seconds(kind, rows) for kind, rows in together.items()]
+            rows[order[i].kind] += order[i].rows
+            forwards[order[i].kind] += order[i].own
+        seconds = [pace.tick_seconds(kind, rows[kind], forwards[kind]) for kind in rows]
         if any(one is None for one in seconds):
             return None
         rounds = min(left[i] for i in active)
@@ -166,5 +180,8 @@ def finish_times(
         for i in active:
             left[i] -= rounds
             times[i] = now
+            after = order[i].then
+            if not left[i] and after is not None:
+                order[i], left[i] = after, after.evaluations
         active = [i for i in active if left[i] > 0]
     return times

@@ -23,6 +23,7 @@ from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import ImageInputs, Moments, SampleInputs
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
+from imagemesh_services.diffusion.guiders import find_guider
 from imagemesh_services.diffusion.phases import PHASES, check_rows, phases_of
 from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
@@ -51,7 +52,7 @@ def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence
 
     Raises:
         InvalidArgument: one isn't.
-        NotFound: there is no such scheduler.
+        NotFound: there is no such scheduler or guider.
     """
     check_size("width", request.width, multiple)
     check_size("height", request.height, multiple)
@@ -76,6 +77,7 @@ def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence
         image=_image(request),
         variation_seeds=tuple(request.variation_seeds),
         variation_strength=request.variation_strength,
+        guider=find_guider(request.guider, request.guider_options),
     )
 
 

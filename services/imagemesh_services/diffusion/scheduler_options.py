@@ -7,13 +7,24 @@ was trained on (betas, prediction type) are the model's. A test holds the table 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 FIELD: Final = "scheduler_options"
 MAX_OPTIONS: Final = 16
+
+
+class Values(Protocol):
+    """What an option may be."""
+
+    @property
+    def allowed(self) -> str:
+        """For errors and lists."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether the value, as JSON has it, is one of them."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def with_options(choice: SchedulerChoice | None, given: Mapping[str, str]) -> Sc
         if option is None:
             allowed = f"an option that {choice.class_name} takes: {', '.join(sorted(known)) or 'it takes none'}"
             raise InvalidArgument(FIELD, name, allowed)
-        values[name] = _read(f"{FIELD}[{name!r}]", text, option)
+        values[name] = read_option(f"{FIELD}[{name!r}]", text, option)
     chosen = [name for name in _SPACINGS if name in given and values[name] is True]
     if len(chosen) > 1:
         raise InvalidArgument(FIELD, chosen, "one spacing of the noise levels at a time")
@@ -130,7 +141,12 @@ def with_options(choice: SchedulerChoice | None, given: Mapping[str, str]) -> Sc
     return replace(choice, options=values)
 
 
-def _read(field: str, text: str, option: Option) -> Any:
+def read_option(field: str, text: str, option: Values) -> Any:
+    """The JSON value in ``text``.
+
+    Raises:
+        InvalidArgument: it is none, or not one of the option's.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

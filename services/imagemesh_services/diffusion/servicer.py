@@ -20,6 +20,7 @@ from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.guiders import GUIDERS
 from imagemesh_services.diffusion.knees import rows_on_file
 from imagemesh_services.diffusion.requests import read_inputs, read_terms
 from imagemesh_services.diffusion.scheduler_options import OPTIONS
@@ -86,6 +87,19 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             for choice in SCHEDULERS.values()
         ]
         return pb.ListSchedulersResponse(schedulers=infos)
+
+    async def ListGuiders(self, request: pb.ListGuidersRequest, context: Any) -> pb.ListGuidersResponse:
+        infos = [
+            pb.GuiderInfo(
+                name=guider.name,
+                class_name=guider.class_name,
+                about=guider.about,
+                options={key: json.dumps(value) for key, value in guider.options.items()},
+                accepts={key: values.allowed for key, values in guider.accepts.items()},
+            )
+            for guider in GUIDERS.values()
+        ]
+        return pb.ListGuidersResponse(guiders=infos)
 
     def _response(self, event: Event, steps: int, fingerprint: str) -> pb.SampleResponse:
         if isinstance(event, Queued):

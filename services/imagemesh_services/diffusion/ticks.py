@@ -34,6 +34,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the model does at a tick.
+
+    Attributes:
+        shared: rows of the forward that all have together.
+        rows: of all its forwards.
+        forwards: that one, and those of passes that are not shared.
+    """
+
+    shared: int
+    rows: int
+    forwards: int
+
+
+@dataclass(frozen=True)
 class Tick:
     """One that is over; times are in seconds.
 
@@ -46,7 +61,7 @@ class Tick:
     """
 
     outcomes: Sequence[Outcome]
-    rows: int
+    cost: Cost
     queue: float
     forward: float
     compute: float
@@ -93,10 +108,10 @@ class Ticks:
         tick = None
         if not self._abandoned and not (self._halted and self._begun):
             self._begun += 1
-            begun, rows = perf_counter(), sum(one.rows for one in self.batch)
+            begun, cost = perf_counter(), cost_of(self.batch)
             outcomes, forward = advance(self.batch)
             more = self._goes_on(outcomes)
-            tick = Tick(outcomes, rows, begun - submitted, forward, perf_counter() - begun, more)
+            tick = Tick(outcomes, cost, begun - submitted, forward, perf_counter() - begun, more)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._over.put_nowait, tick)
 
@@ -108,6 +123,13 @@ class Ticks:
         except RuntimeError:  # the lane is being closed
             return False
         return True
+
+
+def cost_of(batch: Sequence[Generation]) -> Cost:
+    """Of the next evaluation of them all."""
+    shared = sum(len(one.inputs.seeds) * one.passes.shared for one in batch)
+    rows = sum(len(one.inputs.seeds) * one.passes.all for one in batch)
+    return Cost(shared, rows, 1 + sum(one.inputs.forwards(one.passes) for one in batch))
 
 
 def advance(batch: Sequence[Generation]) -> tuple[list[Outcome], float]:

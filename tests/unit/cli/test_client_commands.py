@@ -43,6 +43,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--mask-padding", 8, "--hires", "128x144", "--hires-upscaler", "Lanczos", "--hires-steps", 9,
         "--hires-strength", 0.25,
         "--priority", "batch", "--literal-prompt",
+        "--guider", "PAG", "--guider-option", "perturbed_guidance_scale=2", "--guider-option", "stop=0.8",
         "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
@@ -57,6 +58,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         priority=priority_pb2.PRIORITY_BATCH, mask_padding=8, literal_prompt=True,
         hires=pb.GenerateHires(width=128, height=144, upscaler="Lanczos", steps=9, strength=0.25),
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
+        guider="PAG", guider_options={"perturbed_guidance_scale": "2", "stop": "0.8"},
     )  # fmt: skip
     assert (code, gateway.requests) == (0, [expected])
 

@@ -26,6 +26,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
             image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
+            guider="PAG", guider_options={"stop": 0.8, "perturbed_guidance_layers": ["mid_block", "up_blocks.0"]},
             preview_every=5, mask_padding=0, literal_prompt=True, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
@@ -39,6 +40,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5, mask_padding=0,
         literal_prompt=True,
+        guider="PAG", guider_options={"stop": "0.8", "perturbed_guidance_layers": '["mid_block", "up_blocks.0"]'},
         hires=pb.GenerateHires(scale=2, width=3, height=4, upscaler="Lanczos", steps=5, strength=0.5, scheduler="DDIM"),
     )  # fmt: skip
     assert gateway.requests == [expected]

@@ -86,6 +86,26 @@ class SampleRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class GuiderOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     CONDITIONING_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
@@ -106,13 +126,15 @@ class SampleRequest(_message.Message):
     VARIATION_SEEDS_FIELD_NUMBER: _builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
     LATENT_RESIZE_FIELD_NUMBER: _builtins.int
+    GUIDER_FIELD_NUMBER: _builtins.int
+    GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of the VAE's scale factor."""
     height: _builtins.int
     steps: _builtins.int
     guidance_scale: _builtins.float
-    """Classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 or less turns it off."""
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598), or the guider's; 1 or less turns it off."""
     scheduler: _builtins.str
     """A name from ListSchedulers, or a diffusers class name; empty: the model's own."""
     strength: _builtins.float
@@ -134,6 +156,8 @@ class SampleRequest(_message.Message):
     """Every how many steps a SampleProgress carries a preview; 0: never."""
     latent_resize: _builtins.str
     """"bilinear" (the default), "nearest", "nearest-exact" or "bicubic", as torch's interpolate does them."""
+    guider: _builtins.str
+    """A name from ListGuiders, or a diffusers class name; empty: "CFG"."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds", a row each. Of prompts
@@ -171,6 +195,10 @@ class SampleRequest(_message.Message):
     def variation_seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """That seed, one a picture; empty where variation_strength is 0."""
 
+    @_builtins.property
+    def guider_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The guider's options, JSON values by name; see ListGuiders."""
+
     def __init__(
         self,
         *,
@@ -194,10 +222,12 @@ class SampleRequest(_message.Message):
         variation_seeds: _abc.Iterable[_builtins.int] | None = ...,
         preview_every: _builtins.int = ...,
         latent_resize: _builtins.str = ...,
+        guider: _builtins.str = ...,
+        guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,3 +576,118 @@ class SchedulerInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulerInfo: _TypeAlias = SchedulerInfo  # noqa: Y015
+
+@_typing.final
+class ListGuidersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGuidersRequest: _TypeAlias = ListGuidersRequest  # noqa: Y015
+
+@_typing.final
+class ListGuidersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUIDERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guiders(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuiderInfo]: ...
+    def __init__(
+        self,
+        *,
+        guiders: _abc.Iterable[Global___GuiderInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guiders", b"guiders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGuidersResponse: _TypeAlias = ListGuidersResponse  # noqa: Y015
+
+@_typing.final
+class GuiderInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AcceptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CLASS_NAME_FIELD_NUMBER: _builtins.int
+    ABOUT_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    ACCEPTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "PAG"."""
+    class_name: _builtins.str
+    """diffusers' class behind it."""
+    about: _builtins.str
+    """What it does, in a sentence."""
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The options and what they are if a request doesn't set them, as JSON values."""
+
+    @_builtins.property
+    def accepts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """To which values guider_options may set them, in words."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        class_name: _builtins.str = ...,
+        about: _builtins.str = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        accepts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "accepts", b"accepts", "class_name", b"class_name", "name", b"name", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuiderInfo: _TypeAlias = GuiderInfo  # noqa: Y015

@@ -45,6 +45,11 @@ class DiffusionServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersResponse.FromString,
                 _registered_method=True)
+        self.ListGuiders = channel.unary_unary(
+                '/imagemesh.v1.DiffusionService/ListGuiders',
+                request_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersResponse.FromString,
+                _registered_method=True)
 
 
 class DiffusionServiceServicer:
@@ -65,6 +70,13 @@ class DiffusionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListGuiders(self, request, context):
+        """Lists the guiders that Sample takes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DiffusionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_DiffusionServiceServicer_to_server(servicer, server):
                     servicer.ListSchedulers,
                     request_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersResponse.SerializeToString,
+            ),
+            'ListGuiders': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGuiders,
+                    request_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class DiffusionService:
             '/imagemesh.v1.DiffusionService/ListSchedulers',
             imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersRequest.SerializeToString,
             imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGuiders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.DiffusionService/ListGuiders',
+            imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersRequest.SerializeToString,
+            imagemesh_dot_v1_dot_diffusion__service__pb2.ListGuidersResponse.FromString,
             options,
             channel_credentials,
             insecure,

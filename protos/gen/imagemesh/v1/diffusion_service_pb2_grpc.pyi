@@ -37,6 +37,8 @@ class DiffusionServiceStub:
     """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step."""
     ListSchedulers: _grpc.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListSchedulersRequest, _diffusion_service_pb2.ListSchedulersResponse]
     """Lists the schedulers that Sample takes."""
+    ListGuiders: _grpc.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListGuidersRequest, _diffusion_service_pb2.ListGuidersResponse]
+    """Lists the guiders that Sample takes."""
 
 @_typing.type_check_only
 class DiffusionServiceAsyncStub(DiffusionServiceStub):
@@ -47,6 +49,8 @@ class DiffusionServiceAsyncStub(DiffusionServiceStub):
     """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step."""
     ListSchedulers: _aio.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListSchedulersRequest, _diffusion_service_pb2.ListSchedulersResponse]  # type: ignore[assignment]
     """Lists the schedulers that Sample takes."""
+    ListGuiders: _aio.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListGuidersRequest, _diffusion_service_pb2.ListGuidersResponse]  # type: ignore[assignment]
+    """Lists the guiders that Sample takes."""
 
 class DiffusionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Samples latents."""
@@ -66,5 +70,13 @@ class DiffusionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_diffusion_service_pb2.ListSchedulersResponse, _abc.Awaitable[_diffusion_service_pb2.ListSchedulersResponse]]:
         """Lists the schedulers that Sample takes."""
+
+    @_abc_1.abstractmethod
+    def ListGuiders(
+        self,
+        request: _diffusion_service_pb2.ListGuidersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_diffusion_service_pb2.ListGuidersResponse, _abc.Awaitable[_diffusion_service_pb2.ListGuidersResponse]]:
+        """Lists the guiders that Sample takes."""
 
 def add_DiffusionServiceServicer_to_server(servicer: DiffusionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -47,6 +47,26 @@ class GenerateRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class GuiderOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
@@ -74,6 +94,8 @@ class GenerateRequest(_message.Message):
     MASK_PADDING_FIELD_NUMBER: _builtins.int
     HIRES_FIELD_NUMBER: _builtins.int
     LITERAL_PROMPT_FIELD_NUMBER: _builtins.int
+    GUIDER_FIELD_NUMBER: _builtins.int
+    GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -117,6 +139,8 @@ class GenerateRequest(_message.Message):
     """Take the prompts as they stand. Otherwise brackets weigh words and change them from step to step, as
     EncodeTextRequest says.
     """
+    guider: _builtins.str
+    """How guidance is done: "CFG", "APG", "PAG"... as DiffusionService.ListGuiders lists them; empty: "CFG"."""
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateControl]: ...
     @_builtins.property
@@ -138,6 +162,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def hires(self) -> Global___GenerateHires:
         """Make it larger in a second pass."""
+
+    @_builtins.property
+    def guider_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The guider's options, JSON values by name, such as "guidance_rescale" to "0.7"."""
 
     def __init__(
         self,
@@ -169,10 +197,12 @@ class GenerateRequest(_message.Message):
         mask_padding: _builtins.int | None = ...,
         hires: Global___GenerateHires | None = ...,
         literal_prompt: _builtins.bool = ...,
+        guider: _builtins.str = ...,
+        guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -450,6 +480,26 @@ class GenerateParameters(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class GuiderOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
@@ -463,6 +513,8 @@ class GenerateParameters(_message.Message):
     BACKENDS_FIELD_NUMBER: _builtins.int
     VARIATION_SEED_FIELD_NUMBER: _builtins.int
     VARIATION_STRENGTH_FIELD_NUMBER: _builtins.int
+    GUIDER_FIELD_NUMBER: _builtins.int
+    GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -476,10 +528,13 @@ class GenerateParameters(_message.Message):
     variation_seed: _builtins.int
     """Where the noise was varied."""
     variation_strength: _builtins.float
+    guider: _builtins.str
     @_builtins.property
     def backends(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What ran each stage, such as "vae" to "torch"."""
 
+    @_builtins.property
+    def guider_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -496,10 +551,12 @@ class GenerateParameters(_message.Message):
         backends: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         variation_seed: _builtins.int | None = ...,
         variation_strength: _builtins.float = ...,
+        guider: _builtins.str = ...,
+        guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "backends", b"backends", "clip_skip", b"clip_skip", "guidance_scale", b"guidance_scale", "height", b"height", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "backends", b"backends", "clip_skip", b"clip_skip", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__variation_seed: _TypeAlias = _typing.Literal["variation_seed"]  # noqa: Y015
     _WhichOneofArgType__variation_seed: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed"]  # noqa: Y015

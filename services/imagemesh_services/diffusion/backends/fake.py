@@ -2,8 +2,9 @@
 
 Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evaluation i of n moves them to
 x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
-embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean where
-guidance is on, plus the mean of the middle residual. One evaluation is one step. Prompts that change move the target.
+embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean at
+evaluations where guidance is on, plus the mean of the middle residual. One evaluation is one step. Prompts that change
+move the target. Of guiders it knows "CFG" alone, with its start and stop.
 
 A variation moves that start towards the other seed's in a straight line. With a picture they start at strength times
 that, plus 1 - strength times the picture's mean; with a mask, cells whose upper left pixel isn't masked are the
@@ -22,6 +23,7 @@ from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.guiders import CFG, Guider
 from imagemesh_services.diffusion.phases import Phase, told_in
 
 CHANNELS = 4
@@ -56,7 +58,8 @@ class FakeRun:
     def _target(self) -> Array:
         told = told_in(self._inputs.conditioning, self.phase)
         target = told["prompt_embeds"].mean(axis=(0, 1))
-        if self._inputs.guided:
+        passes = self._inputs.passes(min(self._done, self.evaluations - 1), self.evaluations)
+        if passes.shared > 1:
             negative = told["negative_prompt_embeds"].mean(axis=(0, 1))
             target = target + (self._inputs.guidance_scale - 1) * (target - negative)
         found: Array = target[:, None, None]
@@ -118,6 +121,14 @@ def _start(source: Moments | Array, size: tuple[int, int, int]) -> Array:
     return source[:, :, rows][..., columns]
 
 
+def _check_guider(guider: Guider) -> None:
+    if guider.name != CFG.name:
+        raise InvalidArgument("guider", guider.name, f"{CFG.name}: the fake backend knows no other")
+    for name, value in guider.options.items():
+        if name not in ("start", "stop") and value != CFG.options[name]:
+            raise InvalidArgument(f"guider_options[{name!r}]", value, "absent: the fake backend knows start and stop")
+
+
 class FakeDiffusionModel:
     """See the module."""
 
@@ -129,6 +140,7 @@ class FakeDiffusionModel:
         width = inputs.conditioning["prompt_embeds"].shape[-1]
         if width != CHANNELS:
             raise InvalidArgument("conditioning['prompt_embeds']", f"width {width}", f"of width {CHANNELS}")
+        _check_guider(inputs.guider)
         return FakeRun(inputs)
 
     def trial(self, width: int, height: int) -> SampleInputs:

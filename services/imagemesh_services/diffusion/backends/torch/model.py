@@ -5,19 +5,19 @@ encoder's pooled output isn't concerned, so those are run.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.utils import logging as diffusers_logging
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.torch.families import family_of
+from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
@@ -67,7 +67,7 @@ class TorchDiffusionModel:
             unet=self._unet,
             family=self._family,
             scheduler=self._schedulers.new(inputs.scheduler, inputs.seeds),
-            guider=_new_guider(inputs),
+            guidance=Guidance(inputs, self._unet),
             vae_scale_factor=self.scale_factor,
             latent_scale=self._latent_scale,
             num_channels_latents=self._channels,
@@ -98,14 +98,31 @@ class TorchDiffusionModel:
                 begun.append((i, cast(TorchRun, run).begin_step()))
             except Exception as error:
                 faults[i] = error
+        own = {i: part.own for i, part in begun if part.own is not None}
         for i, prediction in self._predict(begun, residuals):
+            run = cast(TorchRun, runs[i])
             try:
                 if isinstance(prediction, Exception):
                     raise prediction
-                cast(TorchRun, runs[i]).finish_step(prediction)
+                if i in own:
+                    prediction = torch.cat([prediction, self._predict_changed(run, own[i], residuals[i])])
+                run.finish_step(prediction)
             except Exception as error:
                 faults[i] = error
         return faults
+
+    def _predict_changed(self, run: TorchRun, part: StepRows, residuals: Residuals | None) -> torch.Tensor:
+        """The run's own pass, by the model as its guider changes it meanwhile."""
+        control = merge_residuals([part], [residuals], self._unet)
+        count = len(part.sample)
+        pictures = [slice(i, i + 1) for i in range(count)] if run.guidance.draws else [slice(0, count)]
+        predicted = []
+        with run.guidance.changed():
+            for i, rows in enumerate(pictures):
+                given = (part.sample[rows], part.timestep, part.prompts[rows], [one[rows] for one in control])
+                with run.guidance.drawing(i) if run.guidance.draws else nullcontext():
+                    predicted.append(self._forward(*given, {name: one[rows] for name, one in part.added.items()}))
+        return torch.cat(predicted)
 
     def _forward(
         self,
@@ -152,16 +169,6 @@ class TorchDiffusionModel:
             return [(i, misfit if steered and isinstance(error, RuntimeError) else error)]
         split = torch.split(predicted, [len(part.sample) for part in parts])
         return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
-
-
-def _new_guider(inputs: SampleInputs) -> ClassifierFreeGuidance:
-    """A guider of this request's own; diffusers warns at each that guiders are experimental, which is no news here."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        return ClassifierFreeGuidance(guidance_scale=inputs.guidance_scale, enabled=inputs.guided)
-    finally:
-        diffusers_logging.set_verbosity(level)
 
 
 class TorchDiffusion:

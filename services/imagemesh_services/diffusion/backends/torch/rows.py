@@ -20,6 +20,18 @@ class StepRows:
     prompts: torch.Tensor
     # ``added_cond_kwargs`` of families that have such, each [rows, width].
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # Which of the run's conditions the rows are of, as many rows each; counted from the last.
+    conditions: Sequence[int] = (-1,)
+    # Rows for which the model is changed first.
+    own: "StepRows | None" = None
+
+    def select(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows for all conditions of the run, those of this part."""
+        if len(rows) == len(self.sample):
+            return rows
+        each = len(self.sample) // len(self.conditions)
+        starts = [len(rows) + condition * each for condition in self.conditions]
+        return torch.cat([rows[start : start + each] for start in starts])
 
 
 def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
@@ -37,7 +49,7 @@ def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | N
 
     def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
         if mine is not None:
-            return to_torch(mine, like.device, like.dtype)
+            return part.select(to_torch(mine, like.device, like.dtype))
         return torch.full((len(part.sample), *shape.shape[1:]), -0.0, device=like.device, dtype=like.dtype)
 
     pairs = list(zip(parts, residuals, strict=True))

@@ -1,6 +1,6 @@
 """One generation, evaluation by evaluation: what the UNet gets, and what becomes of its prediction."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import SampleInputs
 from imagemesh_services.diffusion.backends.torch.families import added_conditions
+from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
 from imagemesh_services.diffusion.backends.torch.preview import clean_latents
 from imagemesh_services.diffusion.backends.torch.rows import StepRows
@@ -43,7 +44,7 @@ class TorchRun:
         blends = inputs.image is not None and inputs.image.mask is not None and inputs.image.masked is None
         self._after = _AFTER_INPAINT_DENOISER if blends else _AFTER_DENOISER
         self._done = 0
-        self._passes: list[Any] = []
+        self.guidance: Guidance = components.guidance
         self._state = self._begin(inputs)
         self._inputs = inputs
         masked = getattr(self._state, "masked_image_latents", None)
@@ -52,8 +53,7 @@ class TorchRun:
         self.evaluations = len(self._state.timesteps)
         self._told: Phase = self.phase
         self._passes_of = self._conditions(inputs)
-        self._watched = {"scheduler": components.scheduler, "guider": components.guider}
-        self._began = {name: snapshot(thing) for name, thing in self._watched.items()}
+        self._began = {name: snapshot(thing) for name, thing in self._watched().items()}
         shapes = (self._state.latents.shape[1:], self._passes_of[-1]["prompt_embeds"].shape[1:])
         self.key: Hashable = (*shapes, self._state.latents.dtype)
 
@@ -101,30 +101,28 @@ class TorchRun:
         state, i = self._state, self._done
         timestep = state.timesteps[i]
         _BEFORE_DENOISER(self._components, state, i=i, t=timestep)
-        guider = self._components.guider
-        guider.set_state(step=i, num_inference_steps=self.evaluations, timestep=timestep)
-        names = list(self._passes_of[0])
-        self._passes = guider.prepare_inputs(
-            {name: tuple(one[name] for one in reversed(self._passes_of)) for name in names}
-        )
-        # The negative pass comes last from the guider and first in the rows, as in diffusers' classic pipelines.
-        given = {name: torch.cat([getattr(one, name) for one in reversed(self._passes)]) for name in names}
-        sample = state.scaled_latents
+        passes = self.guidance.begin(i, self.evaluations, timestep)
+        own = self._rows(passes.own, None) if passes.own else None
+        return self._rows(passes.shared, own)
+
+    def _rows(self, conditions: Sequence[int], own: StepRows | None) -> StepRows:
+        sample = self._state.scaled_latents
         if self._masked is not None:
             sample = torch.cat([sample, *self._masked], dim=1)
-        return StepRows(sample.repeat(len(self._passes), 1, 1, 1), timestep, given.pop("prompt_embeds"), given)
+        timestep = self._state.timesteps[self._done]
+        given = {name: torch.cat([self._passes_of[one][name] for one in conditions]) for name in self._passes_of[-1]}
+        rows = sample.repeat(len(conditions), 1, 1, 1)
+        return StepRows(rows, timestep, given.pop("prompt_embeds"), given, conditions, own)
 
     def finish_step(self, prediction: torch.Tensor) -> None:
-        """Guidance and the scheduler's step.
+        """Guidance and the scheduler's step, of the predictions of all passes: those of their own come last.
 
         Raises:
             NotFinite: the model's prediction isn't finite.
         """
         if not torch.isfinite(prediction).all():
             raise NotFinite(self._components.name, f"predictions at evaluation {self._done + 1} of {self.evaluations}")
-        for one, part in zip(reversed(self._passes), prediction.chunk(len(self._passes)), strict=True):
-            one.noise_pred = part
-        self._state.noise_pred = self._components.guider(self._passes)[0]
+        self._state.noise_pred = self.guidance.combine(torch.split(prediction, len(self._state.latents)))
         self._after(self._components, self._state, i=self._done, t=self._state.timesteps[self._done])
         self._done += 1
 
@@ -150,7 +148,7 @@ class TorchRun:
     def checkpoint(self) -> Checkpoint:
         packer = Packer({"latents": to_numpy(self._state.latents)})
         state: dict[str, Any] = {}
-        for name, thing in self._watched.items():
+        for name, thing in self._watched().items():
             packed = changes(thing, self._began[name])
             state[name] = {key: packer.pack(value, f"{name}.{key}") for key, value in packed.items()}
         for i, generator in enumerate(self._generators()):
@@ -166,8 +164,9 @@ class TorchRun:
         if found.shape != latents.shape:
             raise InvalidArgument(f"{FIELD}.tensors['latents'].shape", list(found.shape), str(list(latents.shape)))
         require_finite(checkpoint.tensors["latents"], f"{FIELD}.tensors['latents']")
-        for name, thing in self._watched.items():
+        for name, thing in self._watched().items():
             restore(thing, checkpoint.state.get(name, {}), unpacker, f"{FIELD}.state.{name}")
+        self.guidance.check(latents)
         for i, generator in enumerate(self._generators()):
             path = f"{FIELD}.tensors['generator.{i}']"
             try:
@@ -175,6 +174,10 @@ class TorchRun:
             except RuntimeError as error:
                 raise InvalidArgument(path, "these bytes", f"a generator's state ({error})") from error
         self._state.latents, self._done = found, checkpoint.evaluation
+
+    def _watched(self) -> dict[str, object]:
+        """Whose attributes change from one evaluation to the next."""
+        return {"scheduler": self._components.scheduler, **self.guidance.remembers}
 
     def _generators(self) -> list[torch.Generator]:
         given = self._state.generator
