@@ -22,7 +22,8 @@ def guider(name: str, **options: Any) -> Any:
     return getattr(guiders, name)(**options)
 
 
-def layers(fqn: str = MIDDLE, indices: tuple[int, ...] = (0,), **how: Any) -> LayerSkipConfig:
+def layers(fqn: str = MIDDLE, indices: tuple[int, ...] = (0, 1), **how: Any) -> LayerSkipConfig:
+    """Of a stack of blocks those with these indices, as far as there are such."""
     return LayerSkipConfig(list(indices), fqn=fqn, **how)
 
 

@@ -64,7 +64,9 @@ class Guidance:
         # The negative pass comes last from the guider.
         shared = [one for one in reversed(passes) if getattr(one, _NAME) != self._kind.changes]
         self._passes = [*shared, *own]
-        return StepPasses([one.condition for one in shared], [one.condition for one in own])
+        # Without classifier-free guidance the library would give the skipping pass the negative condition.
+        skips = self._kind.changes == "pred_cond_skip"
+        return StepPasses([one.condition for one in shared], [POSITIVE if skips else one.condition for one in own])
 
     def combine(self, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
         """One prediction of those of all passes, shared ones first."""
