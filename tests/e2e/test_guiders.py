@@ -76,9 +76,9 @@ CASES = {
         ), "Heun",
     ),
     "pag": Case(
-        "PAG", PAG_LATE,
+        "PAG", {**PAG_LATE, "perturbed_guidance_scale": 30.0},
         library(
-            "PerturbedAttentionGuidance", perturbed_guidance_scale=3.0, **PAG_LATE,
+            "PerturbedAttentionGuidance", perturbed_guidance_scale=30.0, **PAG_LATE,
             perturbed_guidance_config=[layers(**PERTURBS)],
         ),
     ),
@@ -156,12 +156,13 @@ def test_perturbed_attention_is_the_classic_pipelines(
     client: Client, folder: Path, kind: str, model: str, guidance: float
 ) -> None:
     """Without the negative prompt the library's guider begins at the perturbed prediction: pag_scale and one."""
-    case = Case("PAG", {"perturbed_guidance_scale": 3.0 if guidance > 1 else 4.0}, guidance=guidance)
+    case = Case("PAG", {"perturbed_guidance_scale": 30.0 if guidance > 1 else 31.0}, guidance=guidance)
     wanted = perturbed(
-        f"{kind}PAGPipeline", folder / model, PROMPT, NEGATIVE, "Euler", SEED, pag_scale=3.0, layers="mid",
+        f"{kind}PAGPipeline", folder / model, PROMPT, NEGATIVE, "Euler", SEED, pag_scale=30.0, layers="mid",
         num_inference_steps=STEPS, guidance_scale=guidance if guidance > 1 else 0.0,
     )  # fmt: skip
     assert worst(ours(client, case, model), wanted) <= 1
+    assert worst(wanted, ours(client, Case("", guidance=guidance), model)) > 1, "perturbed as not at all"
 
 
 @pytest.mark.parametrize("model", ["tiny-sd", "tiny-sdxl"])
