@@ -54,7 +54,7 @@ def embed(models: Path, *windows: Pieces) -> torch.Tensor:
         with torch.no_grad():
             hidden = model(torch.tensor([ids])).last_hidden_state
         weighed = hidden * torch.tensor(weights + [1.0] * (77 - len(weights)))[None, :, None]
-        parts.append(weighed * (hidden.mean() / weighed.mean()))
+        parts.append(weighed * float(hidden.double().mean() / weighed.double().mean()))
     return torch.cat(parts, dim=1)
 
 
