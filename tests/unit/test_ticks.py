@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 import pytest
 
+from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel
+from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Finished, Frozen, Generation, Progress, Terms
 from imagemesh_services.diffusion.ticks import Tick, Ticks
 
@@ -140,3 +143,29 @@ async def test_what_nobody_will_ask_for_is_not_begun(lane: Lane, model: Gated) -
     await busy
     assert await asyncio.wait_for(ticks.next(), 30) is None
     assert one.evaluated == 0
+
+
+async def test_handing_back_ends_with_a_checkpoint_of_the_step_under_way_and_does_no_other(
+    lane: Lane, model: Gated
+) -> None:
+    engine, events = Engine(lane, Metrics("diffusion"), max_rows=8, max_queue=8), []
+    asked = generation(model).inputs
+
+    async def follow() -> None:
+        async for event in engine.sample(model, asked, None, Terms(every=100)):
+            events.append(event)
+
+    following = asyncio.create_task(follow())
+    model.go.release(2)
+    for _ in range(3):
+        await model.wait_begun()
+    await engine.hand_back()
+    model.go.release(100)
+    with pytest.raises(Unavailable, match="is going away"):
+        await asyncio.wait_for(following, 30)
+    assert [event.step for event in events if isinstance(event, Progress)] == [1, 2, 3]
+    assert isinstance(events[-1], Frozen)
+    assert events[-1].checkpoint.evaluation == 3
+    await lane.run(lambda: None)
+    assert not model.begun.acquire(blocking=False)
+    await engine.close()
