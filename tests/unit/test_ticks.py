@@ -123,6 +123,15 @@ async def test_other_work_of_the_lane_has_its_turn_between_two_ticks(lane: Lane,
     ticks.halt()
 
 
+async def test_generations_that_part_ways_at_a_step_do_not_go_on_together(lane: Lane, model: Gated) -> None:
+    both = [generation(model), generation(model)]
+    ticks = Ticks(lane, both, chained=True)
+    await model.wait_begun()
+    both[1].started.key = "another"
+    model.go.release(100)
+    assert not (await told(ticks)).more
+
+
 async def test_a_fault_is_told_before_anything_else_is_begun(lane: Lane, model: Gated) -> None:
     both = [generation(model), generation(model)]
     model.fault = FloatingPointError("NaN")

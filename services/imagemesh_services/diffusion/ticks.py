@@ -118,6 +118,8 @@ class Ticks:
     def _goes_on(self, outcomes: Sequence[Outcome]) -> bool:
         if self._halted or self._begun > self._told + 1 or any(one.last for one in outcomes):
             return False
+        if len({one.started.key for one in self.batch}) > 1:  # what they ask of the model may change at a step
+            return False
         try:
             self._post()
         except RuntimeError:  # the lane is being closed
