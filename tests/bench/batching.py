@@ -1,5 +1,6 @@
 """Eight requests of one size and mixed settings: together over one after another, and over what the model allows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -45,16 +46,25 @@ def measure(root: Path, name: str, side: int, rounds: int, share: float = 1.0) -
 
         arms = {"alone": lambda: arm.one_after_another(asked), "together": together, "forwards": forwards}
         seconds = interleave(arms, rounds)
-    a, t = fit(ticks)
     work = [(count, inputs.rows) for count, inputs in zip(done, asked, strict=True)]
+    return _figures(f"batching at {side}x{side}", ticks, work, ratios(seconds, "alone", "together"), occupancy[1:])
+
+
+def _figures(
+    what: str,
+    ticks: Sequence[tuple[int, float]],
+    work: Sequence[tuple[int, int]],
+    gains: Sequence[float],
+    occupancy: Sequence[float],
+) -> list[Figure]:
+    """``ticks`` are (rows, seconds) of forwards, ``work`` the requests' evaluations and rows."""
+    a, t = fit(ticks)
     allowed = sum(e * (r * a + t) for e, r in work) / sum(e * r * a for e, r in work)
-    gains = ratios(seconds, "alone", "together")
-    what = f"batching at {side}x{side}"
     return [
         Figure.of(f"{what}: a, a row", [a * 1e3], "ms"),
         Figure.of(f"{what}: (a + t) / a", [(a + t) / a], "x"),
         Figure.of(f"{what}: 8 mixed requests, together / in turn", gains, "x"),
         Figure.of(f"{what}: what a and t allow for their rows", [allowed], "x"),
         Figure.of(f"{what}: share of that", [gain / allowed for gain in gains], "", ">= 0.85"),
-        Figure.of(f"{what}: requests in a forward, mean", occupancy[1:], "", ">= 3"),
+        Figure.of(f"{what}: requests in a forward, mean", occupancy, "", ">= 3"),
     ]
