@@ -149,7 +149,7 @@ OPTIONED = [
     ("DPM++ 2M", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "euler_at_final": True}),
     ("Euler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True}),
     ("UniPC", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
-    ("DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": True}),
     ("Heun", {"use_beta_sigmas": True}),
     ("SA Solver", {"predictor_order": 3, "corrector_order": 2}),
 ]
