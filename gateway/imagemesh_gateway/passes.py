@@ -29,11 +29,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Turn:
-    """One pass: its plan, the steps of those before it, and of all together."""
+    """One pass: its plan, and the steps of those before and after it; how many its own are, the sampler says."""
 
     plan: Plan
-    before: int
-    total: int
+    before: int = 0
+    after: int = 0
     # The names of its stages end with it.
     suffix: str = ""
     # Steps of the schedule of the pass before.
@@ -42,19 +42,17 @@ class Turn:
 
 def turns(plan: Plan) -> Iterator[Turn]:
     """The passes, in their order."""
-    strength = plan.image.strength if plan.image is not None else 1.0
-    first = min(int(plan.steps * strength), plan.steps)
     hires = plan.hires
     if hires is None:
-        yield Turn(plan, 0, first)
+        yield Turn(plan)
         return
-    total = first + min(int(hires.steps * hires.strength), hires.steps)
-    yield Turn(plan, 0, total)
+    second = min(int(hires.steps * hires.strength), hires.steps)
+    yield Turn(plan, after=second)
     larger = replace(
         plan, width=hires.width, height=hires.height, steps=hires.steps, scheduler=hires.scheduler,
         variation_strength=0.0, variation_seeds=(),
     )  # fmt: skip
-    yield Turn(larger, first, total, "-hires", plan.steps)
+    yield Turn(larger, before=plan.steps, suffix="-hires", prior_steps=plan.steps)
 
 
 async def first_start(mesh: Mesh, plan: Plan, ledger: Ledger) -> tuple[Sources | None, Start]:

@@ -144,7 +144,8 @@ async def _progress(
     shown: list[bytes] = []
     if previews is not None and told.HasField("preview"):
         shown = await asyncio.to_thread(previews.jpegs, told.preview, turn.plan.width, turn.plan.height)
-    return pb.GenerateProgress(step=turn.before + told.step, steps=turn.total, previews=shown)
+    total = turn.before + told.steps + turn.after
+    return pb.GenerateProgress(step=turn.before + told.step, steps=total, previews=shown)
 
 
 async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger) -> pb.GenerateResult:

@@ -221,7 +221,7 @@ def _widen(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=1.4 * fan_in**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.normal_(module.weight, mean=1, std=0.2)
             nn.init.normal_(module.bias, std=0.2)
 

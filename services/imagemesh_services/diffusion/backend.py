@@ -37,12 +37,31 @@ class ImageInputs:
 
 
 @dataclass(frozen=True)
+class Wants:
+    """What a model must be told of the prompt, under diffusers' names.
+
+    Attributes:
+        names: "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask".
+        negative: whether guidance is a second pass, which wants the same of the negative prompt; where it is not, the
+            scale is an input of the model's, or nothing to it.
+        equal: whether the negative prompt's embeddings must be of the prompt's length.
+        changing: whether prompts may change with the step.
+    """
+
+    names: Sequence[str]
+    negative: bool = True
+    equal: bool = True
+    changing: bool = True
+
+
+@dataclass(frozen=True)
 class SampleInputs:
     """One generation, checked."""
 
     # "prompt_embeds" and perhaps "negative_prompt_embeds": float [1, tokens, width]; for some families
-    # "pooled_prompt_embeds" and perhaps "negative_pooled_prompt_embeds" too: float [1, width]. Of prompts that change
-    # a row a phase, and ``phases.PHASES`` besides.
+    # "pooled_prompt_embeds" and perhaps "negative_pooled_prompt_embeds" too: float [1, width]; for some
+    # "prompt_embeds_mask" and its negative: int64 [1, tokens], 0 where a token is padding. Of prompts that change a row
+    # a phase, and ``phases.PHASES`` besides.
     conditioning: Mapping[str, Array]
     width: int  # pixels
     height: int
@@ -59,11 +78,18 @@ class SampleInputs:
     variation_strength: float = 0.0
     # How the passes of the model become one prediction.
     guider: Guider = CFG
+    # Whether the model has a pass with the negative prompt to guide it at all.
+    guidable: bool = True
+    # Whether a part of a step, which a strength may leave, is done as a whole one.
+    rounds_up: bool = False
 
     @property
     def steps_to_do(self) -> int:
         """Steps of the schedule that are run, as diffusers counts them."""
-        return self.steps if self.image is None else min(int(self.steps * self.image.strength), self.steps)
+        if self.image is None:
+            return self.steps
+        share = min(self.steps * self.image.strength, self.steps)
+        return self.steps - int(self.steps - share) if self.rounds_up else int(share)
 
     def phase(self, steps_done: int) -> Phase:
         """Which prompts hold when so many of ``steps_to_do`` are behind."""
@@ -72,7 +98,7 @@ class SampleInputs:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance is on."""
-        return self.guidance_scale > 1
+        return self.guidable and self.guidance_scale > 1
 
     @property
     def rows(self) -> int:
@@ -148,9 +174,12 @@ class Run(Protocol):
 class DiffusionModel(Protocol):
     """A loaded denoising model with its scheduler's settings."""
 
+    # Pixels a latent spans in each direction, and of how many a picture's sides must be multiples.
     scale_factor: int
-    # What the text encoder must have told: "prompt_embeds", and "pooled_prompt_embeds" for some families.
-    conditioning: Sequence[str]
+    multiple: int
+    wants: Wants
+    # As ``SampleInputs`` has it.
+    rounds_up: bool
     # Replicas whose fingerprints are equal compute the same bits: weights, element type, library versions.
     fingerprint: str
 

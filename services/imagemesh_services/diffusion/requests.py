@@ -1,7 +1,5 @@
 """A request for samples, checked."""
 
-from collections.abc import Sequence
-
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import priority_pb2
 from imagemesh.v1.priority_pb2 import Priority
@@ -20,7 +18,7 @@ from imagemesh_runtime.limits import (
     check_size,
 )
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
-from imagemesh_services.diffusion.backend import ImageInputs, Moments, SampleInputs
+from imagemesh_services.diffusion.backend import DiffusionModel, ImageInputs, Moments, SampleInputs, Wants
 from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
 from imagemesh_services.diffusion.guiders import find_guider
@@ -43,19 +41,15 @@ _PRIORITIES = {
 }
 
 
-def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence[str]) -> SampleInputs:
-    """The request as arrays and numbers, each within its bounds.
-
-    Args:
-        multiple: of so many pixels the sizes must be.
-        conditioning: what the model wants of the text encoder.
+def read_inputs(request: pb.SampleRequest, model: DiffusionModel) -> SampleInputs:
+    """The request as arrays and numbers, each within its bounds and as the model wants it.
 
     Raises:
         InvalidArgument: one isn't.
         NotFound: there is no such scheduler or guider.
     """
-    check_size("width", request.width, multiple)
-    check_size("height", request.height, multiple)
+    check_size("width", request.width, model.multiple)
+    check_size("height", request.height, model.multiple)
     check_range("steps", request.steps, 1, MAX_STEPS)
     check_range("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
     check_range("seeds", len(request.seeds), 1, MAX_IMAGES)
@@ -65,9 +59,10 @@ def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence
         check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
     _check_controls(request)
     _check_variation(request)
-    guided = request.guidance_scale > 1
+    wants = model.wants
+    guided = wants.negative and request.guidance_scale > 1
     return SampleInputs(
-        conditioning=_phases(request) | _conditioning(request, guided, conditioning),
+        conditioning=_phases(request) | _conditioning(request, guided, wants),
         width=request.width,
         height=request.height,
         steps=request.steps,
@@ -78,6 +73,8 @@ def read_inputs(request: pb.SampleRequest, multiple: int, conditioning: Sequence
         variation_seeds=tuple(request.variation_seeds),
         variation_strength=request.variation_strength,
         guider=find_guider(request.guider, request.guider_options),
+        guidable=wants.negative,
+        rounds_up=model.rounds_up,
     )
 
 
@@ -176,26 +173,45 @@ def _phases(request: pb.SampleRequest) -> dict[str, Array]:
     }
 
 
-def _conditioning(request: pb.SampleRequest, guided: bool, wanted: Sequence[str]) -> dict[str, Array]:
-    names = [*wanted, *(f"negative_{name}" for name in wanted if guided)]
+def _conditioning(request: pb.SampleRequest, guided: bool, wants: Wants) -> dict[str, Array]:
+    names = [*wants.names, *(f"negative_{name}" for name in wants.names if guided)]
     found: dict[str, Array] = {}
     for name in names:
-        field = f"conditioning[{name!r}]"
         if name not in request.conditioning:
             raise InvalidArgument("conditioning", sorted(request.conditioning), f"a map with {name!r}")
-        phases = phases_of(name)
-        rows = None if phases in request.conditioning else 1
-        shape = (rows, None) if "pooled" in name else (rows, None, None)
-        found[name] = require_finite(from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=shape), field)
-        check_range(f"{field}.shape[1]", found[name].shape[1], 1, MAX_TOKENS)
-        if rows is None:
-            check_rows(f"conditioning[{phases!r}]", _phases(request)[phases], len(found[name]))
-    allowed = [*wanted, *(f"negative_{name}" for name in wanted), *PHASES]
+        found[name] = _embeddings(request, name)
+    changing = [name for name in PHASES if wants.changing]
+    allowed = [*wants.names, *(f"negative_{name}" for name in wants.names if wants.negative), *changing]
     unknown = sorted(set(request.conditioning) - set(allowed))
     if unknown:
         raise InvalidArgument("conditioning", unknown, f"a map of {' and '.join(allowed)} alone")
-    for name in wanted if guided else ():
+    for name in wants.names if guided and wants.equal else ():
         pair = {one: found[one].shape[1:] for one in (name, f"negative_{name}")}
         if len(set(pair.values())) > 1:
             raise InvalidArgument("conditioning", pair, "embeddings of equal shape")
+    for name in (one for one in found if one.endswith("_mask")):
+        embeds = name.removesuffix("_mask")
+        pair = {one: found[one].shape[:2] for one in (name, embeds)}
+        if len(set(pair.values())) > 1:
+            raise InvalidArgument("conditioning", pair, "a mask of as many tokens as the embeddings have")
+    return found
+
+
+def _embeddings(request: pb.SampleRequest, name: str) -> Array:
+    """One of the tensors, by what its name says: a mask [1, tokens], a summary [1, width], or [1, tokens, width].
+
+    Of a prompt that changes a row a phase.
+    """
+    field, phases = f"conditioning[{name!r}]", phases_of(name)
+    if name.endswith("_mask"):
+        found = from_proto(request.conditioning[name], field, dtypes=["int64"], shape=(1, None))
+    else:
+        rows = None if phases in request.conditioning else 1
+        shape = (rows, None) if "pooled" in name else (rows, None, None)
+        found = require_finite(from_proto(request.conditioning[name], field, dtypes=FLOATS, shape=shape), field)
+    check_range(f"{field}.shape[1]", found.shape[1], 1, MAX_TOKENS)
+    if name.endswith("_mask") and (found.min() < 0 or found.max() != 1):
+        raise InvalidArgument(field, f"{found.min()} to {found.max()}", "of 0 and 1, not all 0")
+    if phases in request.conditioning:
+        check_rows(f"conditioning[{phases!r}]", _phases(request)[phases], len(found))
     return found

@@ -63,7 +63,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
         try:
             model = await self._models.get(request.model)
-            inputs = read_inputs(request, model.scale_factor, model.conditioning)
+            inputs = read_inputs(request, model)
             fingerprint = f"{model.fingerprint}-{request_digest(request)}"
             terms = read_terms(request, fingerprint)
             control = self._control(request)

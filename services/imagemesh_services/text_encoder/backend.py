@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
@@ -53,6 +53,29 @@ class TextModel(Protocol):
 
     def encode(self, tokens: Array, clip_skip: int) -> Encoded:
         """The hidden states, ``clip_skip`` layers before the one that the family takes."""
+
+
+@runtime_checkable
+class PromptModel(Protocol):
+    """Loaded text encoders of a family that reads each prompt whole, not in windows."""
+
+    layers: int
+    # Whether the family reads a negative prompt at all.
+    negative: bool
+
+    def count(self, field: str, text: str) -> int:
+        """Tokens of the text itself; called from any thread, several at a time.
+
+        Raises:
+            InvalidArgument: it is longer than the family reads.
+        """
+
+    def encode_prompts(self, texts: Sequence[str], clip_skip: int) -> Sequence[Mapping[str, Array]]:
+        """Each text's tensors by diffusers' names, one row each; called on the lane.
+
+        "prompt_embeds" is float [1, tokens, width], "pooled_prompt_embeds" float [1, width], "prompt_embeds_mask"
+        int64 [1, tokens].
+        """
 
 
 _ROOM = "imagemesh_services.text_encoder.backends"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,11 +13,12 @@ from imagemesh_runtime.limits import MAX_WINDOWS
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.text_encoder.backend import Encoded, TextModel, Tokens
+from imagemesh_services.text_encoder.backend import Encoded, PromptModel, TextModel, Tokens
 from imagemesh_services.text_encoder.cache import Embedded, EmbeddingCache
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.emphasis import weigh
 from imagemesh_services.text_encoder.prompts import tokenize
+from imagemesh_services.text_encoder.whole_prompts import encode_prompts
 
 # Of all phases of a request's prompts.
 MAX_PHASE_WINDOWS = 128
@@ -36,11 +37,13 @@ class Want:
 class Encoder:
     """Encodes texts; windows of one model and clip skip share a forward, whoever they come from."""
 
-    def __init__(self, config: TextEncoderConfig, models: LoadedModels[TextModel], metrics: Metrics) -> None:
+    def __init__(
+        self, config: TextEncoderConfig, models: LoadedModels[TextModel | PromptModel], metrics: Metrics
+    ) -> None:
         self._models = models
         self._metrics = metrics
         self._cache = EmbeddingCache(config.cache_bytes, metrics)
-        self.batcher: Batcher[Array, Encoded] = Batcher(
+        self.batcher: Batcher[Any, Any] = Batcher(
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
 
@@ -54,7 +57,7 @@ class Encoder:
             InvalidArgument: a prompt can't be read, or is too long; the error names it.
             MeshError: as ``Batcher.submit_all``, or the embeddings are not finite.
         """
-        model = await self._models.get(name)
+        model = cast(TextModel, await self._models.get(name))
         with self.batcher.reserve():
             found = self._kept(model, wants)
             missing = {want: field for want, field in wants.items() if want not in found}
@@ -93,10 +96,12 @@ class Encoder:
         joined = Encoded(np.concatenate([part.embeds for part in parts]), np.concatenate(pooled) if pooled else None)
         return _split(joined, np.cumsum([len(one.windows) for one in tokens])[:-1])
 
-    async def _compute(self, key: Hashable, items: Sequence[Array]) -> list[Encoded]:
+    async def _compute(self, key: Hashable, items: Sequence[Any]) -> list[Any]:
         name, clip_skip = cast(tuple[str, int], key)
         model = await self._models.get(name)
         with self._metrics.stage.time("encode_text"):
+            if isinstance(model, PromptModel):
+                return await self._models.lane.run(encode_prompts, name, model, items, clip_skip)
             encoded = await self._models.lane.run(model.encode, np.concatenate(items), clip_skip)
         _check_finite(name, encoded)
         return _split(encoded, np.cumsum([len(item) for item in items])[:-1])

@@ -5,15 +5,16 @@ from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
-from imagemesh_services.text_encoder.backend import BACKENDS, TextModel
+from imagemesh_services.text_encoder.backend import BACKENDS, PromptModel, TextModel
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.servicer import TextEncoderServicer
 
 
-def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel]:
+def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel | PromptModel]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    models: LoadedModels[TextModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    backend = choose_backend(BACKENDS, config.backend)(config)
+    models: LoadedModels[TextModel | PromptModel] = LoadedModels(backend, lane, metrics)
     servicer = TextEncoderServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_TextEncoderServiceServicer_to_server, servicer, "imagemesh.v1.TextEncoderService")

@@ -13,18 +13,21 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, map_to_proto
 from imagemesh_services.text_encoder.attention import is_plain
-from imagemesh_services.text_encoder.backend import TextModel
+from imagemesh_services.text_encoder.backend import PromptModel, TextModel
 from imagemesh_services.text_encoder.cache import Embedded
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.encoder import Encoder, Want
 from imagemesh_services.text_encoder.prompts import Prompt, read_prompt
 from imagemesh_services.text_encoder.schedule import Course
+from imagemesh_services.text_encoder.whole_prompts import encode_whole
 
 
 class TextEncoderServicer(rpc.TextEncoderServiceServicer):
     """Encodes prompts."""
 
-    def __init__(self, config: TextEncoderConfig, models: LoadedModels[TextModel], metrics: Metrics) -> None:
+    def __init__(
+        self, config: TextEncoderConfig, models: LoadedModels[TextModel | PromptModel], metrics: Metrics
+    ) -> None:
         self._models = models
         self._encoder = Encoder(config, models, metrics)
         self.batcher = self._encoder.batcher
@@ -36,6 +39,8 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
         check_range("prior_steps", request.prior_steps, 0, MAX_STEPS)
         model = await self._models.get(request.model)
         check_range("clip_skip", request.clip_skip, 0, model.layers - 1)
+        if isinstance(model, PromptModel):
+            return await self._whole(request, model)
         as_is = request.literal or not model.widths
         prompts = await asyncio.to_thread(_read, request, as_is=as_is)
         # What each prompt wants, a phase each.
@@ -56,13 +61,26 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
             scheduled=any(prompt.scheduled for prompt in prompts),
         )
 
+    async def _whole(self, request: pb.EncodeTextRequest, model: PromptModel) -> pb.EncodeTextResponse:
+        """Of families that read prompts as they stand: brackets are text to them."""
+        conditioning, tokens = await encode_whole(
+            self.batcher, request.model, model, _texts(request), request.clip_skip
+        )
+        return pb.EncodeTextResponse(
+            conditioning=map_to_proto(conditioning), prompt_tokens=tokens, backend=self._models.backend.name
+        )
+
 
 def _read(request: pb.EncodeTextRequest, *, as_is: bool) -> list[Prompt]:
+    course, texts = Course(request.steps, request.prior_steps), _texts(request)
+    return [Prompt(name, [text]) if as_is else read_prompt(name, text, course) for name, text in texts.items()]
+
+
+def _texts(request: pb.EncodeTextRequest) -> dict[str, str]:
     texts = {"prompt": request.prompt}
     if request.HasField("negative_prompt"):
         texts["negative_prompt"] = request.negative_prompt
-    course = Course(request.steps, request.prior_steps)
-    return [Prompt(name, [text]) if as_is else read_prompt(name, text, course) for name, text in texts.items()]
+    return texts
 
 
 def _named(prompt: Prompt, phases: Sequence[Embedded], *, zeroes: bool) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array, require_finite
-from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs, Wants
 from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import CFG, Guider
@@ -132,8 +132,9 @@ def _check_guider(guider: Guider) -> None:
 class FakeDiffusionModel:
     """See the module."""
 
-    scale_factor = SCALE
-    conditioning = ("prompt_embeds",)
+    scale_factor = multiple = SCALE
+    wants = Wants(("prompt_embeds",))
+    rounds_up = False
     fingerprint = "fake"
 
     def start(self, inputs: SampleInputs) -> FakeRun:

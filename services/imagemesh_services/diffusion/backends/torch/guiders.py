@@ -55,6 +55,11 @@ class Guidance:
         self._passes: list[Any] = []
         self._step = 0
 
+    @property
+    def library(self) -> Any:
+        """The library's guider, for blocks that guide by themselves."""
+        return self._guider
+
     def begin(self, step: int, evaluations: int, timestep: torch.Tensor) -> StepPasses:
         """Which conditions the model is to be given at evaluation ``step`` of so many."""
         self._step = step

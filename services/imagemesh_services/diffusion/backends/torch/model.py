@@ -4,7 +4,7 @@ Stable Diffusion 1.x and 2.x have no modular blocks of their own in diffusers; S
 encoder's pooled output isn't concerned, so those are run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,8 @@ from diffusers import UNet2DConditionModel
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
-from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs, Wants
+from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
@@ -25,6 +26,7 @@ from imagemesh_services.diffusion.backends.torch.start import (
     LatentScale,
     check_image,
 )
+from imagemesh_services.diffusion.backends.torch.together import Begun, advance_together
 from imagemesh_services.diffusion.backends.torch.trial import trial_inputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
@@ -38,19 +40,21 @@ _SUITS = {"steps": int, "guidance_scale": float}
 class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
+    rounds_up = False
+
     def __init__(
         self, name: str, unet: Any, scheduler: Any, vae: Mapping[str, Any], max_rows: int, fingerprint: str
     ) -> None:
         self._name = name
         self.fingerprint = fingerprint
-        self.scale_factor = _scale_factor(vae)
+        self.scale_factor = self.multiple = _scale_factor(vae)
         self._latent_scale = LatentScale(vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0)
         self._channels: int = vae.get("latent_channels", 4)
         self._inpaints = unet.config.in_channels == 2 * self._channels + 1
         family = family_of(unet.config)
         assert family is not None, "listed only if it is of one"
         self._family = family
-        self.conditioning = family.conditioning
+        self.wants = Wants(family.conditioning)
         self._max_rows = max_rows
         self._unet = unet
         self._schedulers = Schedulers(scheduler)
@@ -91,25 +95,22 @@ class TorchDiffusionModel:
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
         """One forward for all rows; what fails is rerun alone, so that the fault finds its owner."""
-        faults: list[Exception | None] = [None] * len(runs)
-        begun: list[tuple[int, StepRows]] = []
-        for i, run in enumerate(runs):
-            try:
-                begun.append((i, cast(TorchRun, run).begin_step()))
-            except Exception as error:
-                faults[i] = error
+        return advance_together(runs, lambda begun: self._predict_passes(runs, begun, residuals))
+
+    def _predict_passes(
+        self, runs: Sequence[Run], begun: Begun, residuals: Sequence[Residuals | None]
+    ) -> Iterator[tuple[int, torch.Tensor | Exception]]:
+        """The shared passes of all, and after each run's its own."""
         own = {i: part.own for i, part in begun if part.own is not None}
         for i, prediction in self._predict(begun, residuals):
-            run = cast(TorchRun, runs[i])
+            if i not in own or isinstance(prediction, Exception):
+                yield i, prediction
+                continue
             try:
-                if isinstance(prediction, Exception):
-                    raise prediction
-                if i in own:
-                    prediction = torch.cat([prediction, self._predict_changed(run, own[i], residuals[i])])
-                run.finish_step(prediction)
+                changed = self._predict_changed(cast(TorchRun, runs[i]), own[i], residuals[i])
+                yield i, torch.cat([prediction, changed])
             except Exception as error:
-                faults[i] = error
-        return faults
+                yield i, error
 
     def _predict_changed(self, run: TorchRun, part: StepRows, residuals: Residuals | None) -> torch.Tensor:
         """The run's own pass, by the model as its guider changes it meanwhile."""
@@ -172,7 +173,7 @@ class TorchDiffusionModel:
 
 
 class TorchDiffusion:
-    """Runs the ``unet`` of pipeline folders."""
+    """Runs the ``unet`` or the ``transformer`` of pipeline folders."""
 
     name = "torch"
 
@@ -187,15 +188,18 @@ class TorchDiffusion:
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self._repository.folders().values(), _card)
 
-    def load(self, name: str) -> TorchDiffusionModel:
+    def load(self, name: str) -> TorchDiffusionModel | flow_model.FlowModel:
         folder = self._repository.folders()[name]
-        unet = load_module(UNet2DConditionModel, folder.path / "unet", self._dtype, self._device)
+        part, cls = "unet", UNet2DConditionModel
+        if folder.has("transformer"):
+            part, cls = "transformer", flow_model.transformer_class(folder)
+        module = load_module(cls, folder.path / part, self._dtype, self._device)
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
         marks = (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
-        fingerprint = fingerprint_of([folder.path / "unet", folder.path / "scheduler"], *map(str, marks))
-        return TorchDiffusionModel(
-            name, unet, scheduler, folder.read("vae", "config.json"), self._max_rows, fingerprint
-        )
+        fingerprint = fingerprint_of([folder.path / part, folder.path / "scheduler"], *map(str, marks))
+        vae = folder.read("vae", "config.json")
+        made = TorchDiffusionModel if part == "unet" else flow_model.FlowModel
+        return made(name, module, scheduler, vae, self._max_rows, fingerprint)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:
@@ -218,6 +222,10 @@ def _card(folder: ModelFolder) -> ModelCard | None:
 
     None for what is of no family here: a consistency-distilled UNet wants the guidance as an input, for one.
     """
+    suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
+    suits = {name: kind(suits[name]) for name, kind in _SUITS.items() if name in suits}
+    if folder.has("transformer"):
+        return flow_model.card(folder, suits)
     if not folder.has("unet", "scheduler", "vae") or folder.config["unet"][1] != "UNet2DConditionModel":
         return None
     unet, vae = folder.read("unet", "config.json"), folder.read("vae", "config.json")
@@ -227,10 +235,8 @@ def _card(folder: ModelFolder) -> ModelCard | None:
         return None
     scale = _scale_factor(vae)
     side = int(unet["sample_size"]) * scale
-    suits = folder.read("imagemesh.json") if (folder.path / "imagemesh.json").exists() else {}
     properties: dict[str, object] = {"class": folder.config["_class_name"], "family": family.name}
     if unet["in_channels"] != channels:
         properties["needs"] = "mask"
-    properties |= {"width": side, "height": side, "multiple": scale}
-    properties |= {name: kind(suits[name]) for name, kind in _SUITS.items() if name in suits}
+    properties |= {"width": side, "height": side, "multiple": scale, **suits}
     return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})

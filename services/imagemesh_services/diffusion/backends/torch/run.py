@@ -14,21 +14,18 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 )
 
 from imagemesh_runtime.errors import InvalidArgument, NotFinite
-from imagemesh_runtime.limits import check_range
-from imagemesh_runtime.tensors import Array, require_finite
+from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import SampleInputs
 from imagemesh_services.diffusion.backends.torch.families import added_conditions
+from imagemesh_services.diffusion.backends.torch.freezing import Freezer
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
-from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
 from imagemesh_services.diffusion.backends.torch.preview import clean_latents
 from imagemesh_services.diffusion.backends.torch.rows import StepRows
 from imagemesh_services.diffusion.backends.torch.start import Variation, from_image, from_noise
-from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
+from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.phases import Phase, told_in
 from imagemesh_services.torch_support import to_numpy, to_torch
 
-# Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
-_MIN_LIMIT = 8192
 _BEFORE_DENOISER = StableDiffusionXLLoopBeforeDenoiser()
 _AFTER_DENOISER = StableDiffusionXLLoopAfterDenoiser()
 _AFTER_INPAINT_DENOISER = StableDiffusionXLInpaintLoopAfterDenoiser()
@@ -53,7 +50,7 @@ class TorchRun:
         self.evaluations = len(self._state.timesteps)
         self._told: Phase = self.phase
         self._passes_of = self._conditions(inputs)
-        self._began = {name: snapshot(thing) for name, thing in self._watched().items()}
+        self._freezer = Freezer(self._watched, self._generators())
         shapes = (self._state.latents.shape[1:], self._passes_of[-1]["prompt_embeds"].shape[1:])
         self.key: Hashable = (*shapes, self._state.latents.dtype)
 
@@ -146,34 +143,12 @@ class TorchRun:
         return to_numpy(clean if clean is not None else state.latents)
 
     def checkpoint(self) -> Checkpoint:
-        packer = Packer({"latents": to_numpy(self._state.latents)})
-        state: dict[str, Any] = {}
-        for name, thing in self._watched().items():
-            packed = changes(thing, self._began[name])
-            state[name] = {key: packer.pack(value, f"{name}.{key}") for key, value in packed.items()}
-        for i, generator in enumerate(self._generators()):
-            packer.tensors[f"generator.{i}"] = generator.get_state().numpy()
-        return Checkpoint(self._done, state, packer.tensors)
+        return self._freezer.checkpoint(self._done, self._state.latents)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        check_range("resume_from.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
-        latents = self._state.latents
-        limit = max(latents.numel(), 4 * self.evaluations, _MIN_LIMIT)
-        unpacker = Unpacker(dict(checkpoint.tensors), latents.device, limit)
-        found = unpacker.unpack({"tensor": "latents", "dtype": str(latents.dtype).removeprefix("torch.")}, FIELD)
-        if found.shape != latents.shape:
-            raise InvalidArgument(f"{FIELD}.tensors['latents'].shape", list(found.shape), str(list(latents.shape)))
-        require_finite(checkpoint.tensors["latents"], f"{FIELD}.tensors['latents']")
-        for name, thing in self._watched().items():
-            restore(thing, checkpoint.state.get(name, {}), unpacker, f"{FIELD}.state.{name}")
-        self.guidance.check(latents)
-        for i, generator in enumerate(self._generators()):
-            path = f"{FIELD}.tensors['generator.{i}']"
-            try:
-                generator.set_state(torch.from_numpy(unpacker.array(f"generator.{i}", "uint8", path).copy()))
-            except RuntimeError as error:
-                raise InvalidArgument(path, "these bytes", f"a generator's state ({error})") from error
-        self._state.latents, self._done = found, checkpoint.evaluation
+        self._state.latents = self._freezer.restore(checkpoint, self._state.latents, self.evaluations)
+        self.guidance.check(self._state.latents)
+        self._done = checkpoint.evaluation
 
     def _watched(self) -> dict[str, object]:
         """Whose attributes change from one evaluation to the next."""

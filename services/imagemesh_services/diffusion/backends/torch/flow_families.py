@@ -1,0 +1,68 @@
+"""The families with a transformer in the UNet's place, as data: flow-matching models that diffusers has blocks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from imagemesh_services.diffusion.backend import Wants
+from imagemesh_services.diffusion.backends.torch.calls import CallForm
+
+
+@dataclass(frozen=True)
+class FlowFamily:
+    """A row of the table.
+
+    Attributes:
+        pipelines: diffusers' classic pipelines, by which a folder says that it is of the family.
+        transformer: diffusers' class of the model.
+        blocks: diffusers' modular blocks; their workflows say what is run.
+        form: how the model takes rows.
+        widths: which of the model's settings says how wide a tensor of the conditioning is.
+        tokens: how long the embeddings of an ordinary prompt are.
+        packed: whether four latents are one of the model's tokens before it sees them.
+        lists: whether embeddings are a list of rows to the blocks, each of its own length.
+        guider: settings of the guider besides its scale.
+        steps, guidance: what diffusers' classic pipeline takes where nothing is said.
+    """
+
+    name: str
+    pipelines: Sequence[str]
+    transformer: str
+    blocks: str
+    wants: Wants
+    form: CallForm
+    widths: Mapping[str, str]
+    tokens: int
+    packed: bool
+    steps: int
+    guidance: float
+    lists: bool = False
+    guider: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def channels(self, transformer: Mapping[str, Any]) -> int:
+        """Channels of a latent, by the model's configuration."""
+        channels: int = transformer["in_channels"]
+        return channels // 4 if self.packed else channels
+
+
+FAMILIES: Final = (
+    FlowFamily(
+        name="sd3",
+        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+        transformer="SD3Transformer2DModel",
+        blocks="StableDiffusion3AutoBlocks",
+        wants=Wants(("prompt_embeds", "pooled_prompt_embeds"), changing=False),
+        form=CallForm("hidden_states"),
+        widths={"prompt_embeds": "joint_attention_dim", "pooled_prompt_embeds": "pooled_projection_dim"},
+        tokens=333,
+        packed=False,
+        steps=28,
+        guidance=7.0,
+    ),
+)
+
+
+def family_of(transformer: str) -> FlowFamily | None:
+    """The family of a model by its class; None: it is of none of these."""
+    return next((one for one in FAMILIES if transformer == one.transformer), None)

@@ -1,0 +1,65 @@
+"""Schedulers for flow-matching models (Lipman et al., "Flow Matching", 2022), by the names that users know.
+
+A name such as "Euler" means another class to them than to a model of noise predictions. The solvers that serve both
+are told so by settings of theirs; the rest have no counterpart.
+"""
+
+from dataclasses import replace
+from inspect import signature
+from typing import Any, Final
+
+import diffusers
+
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_services.diffusion.schedulers import SCHEDULERS, SchedulerChoice
+
+# diffusers' own counterparts.
+_COUNTERPARTS: Final = {
+    "EulerDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "EulerAncestralDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    "HeunDiscreteScheduler": ("FlowMatchHeunDiscreteScheduler", {}),
+    "LCMScheduler": ("FlowMatchLCMScheduler", {}),
+}
+_SOLVERS: Final = frozenset(
+    {
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+
+
+# These rearrange the noise levels of a noise schedule, which a solver told of a flow has none of.
+_SPACINGS: Final = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def for_flow(choice: SchedulerChoice | None, own: Any) -> SchedulerChoice | None:
+    """The choice as a model needs it whose own scheduler is ``own``.
+
+    Raises:
+        InvalidArgument: that one, or one of its options, is not for such models.
+    """
+    if choice is None:
+        return None
+    shift = own.config.get("shift", 1.0)
+    found = _counterpart(choice, shift)
+    if found is None:
+        names = [name for name, one in SCHEDULERS.items() if _counterpart(one, shift) is not None]
+        got = f"{choice.name} with {dict(choice.options)}" if choice.options else choice.name
+        raise InvalidArgument("scheduler", got, f"one for flow-matching models: {', '.join(names)}")
+    return found
+
+
+def _counterpart(choice: SchedulerChoice, shift: float) -> SchedulerChoice | None:
+    if choice.class_name in _SOLVERS:
+        if any(choice.options.get(name) for name in _SPACINGS):
+            return None
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        return replace(choice, options={**choice.options, **flow})
+    if choice.class_name not in _COUNTERPARTS:
+        return None
+    class_name, more = _COUNTERPARTS[choice.class_name]
+    if set(choice.options) - set(signature(getattr(diffusers, class_name).__init__).parameters):
+        return None
+    return SchedulerChoice(choice.name, class_name, {**choice.options, **more})
