@@ -19,6 +19,7 @@ from tests.support.backends import load_first
 
 FAMILIES = {
     "sd3": tiny_transformers.build_sd3,
+    "flux": tiny_transformers.build_flux,
 }
 
 

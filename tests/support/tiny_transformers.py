@@ -7,6 +7,8 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -52,6 +54,34 @@ def build_sd3(path: Path, *, t5: bool = True) -> None:
             tokenizer_2=second,
             text_encoder_3=t5_encoder(third) if third is not None else None,
             tokenizer_3=third,
+        )
+    save(pipeline, path)
+
+
+def build_flux(path: Path, *, guidance_embeds: bool = True) -> None:
+    """A FluxPipeline: CLIP for the summary, T5 for the prompt; without ``guidance_embeds`` as the distilled one."""
+    with sd._seeded(12):
+        first, second = sd._tokenizer(path / "tokenizer"), t5_tokenizer()
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=T5_WIDTH,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        sd._widen(transformer)
+        pipeline = FluxPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
+            vae=vae(),
+            text_encoder=sd._text_encoder(first),
+            tokenizer=first,
+            text_encoder_2=t5_encoder(second),
+            tokenizer_2=second,
         )
     save(pipeline, path)
 

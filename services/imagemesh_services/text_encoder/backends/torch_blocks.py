@@ -52,6 +52,12 @@ FAMILIES: Final = (
         optional=("text_encoder_3", "tokenizer_3"),
         skips=True,
     ),
+    PromptFamily(
+        pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
+        blocks="FluxAutoBlocks",
+        reads={"tokenizer_2": 512},
+        negative=False,
+    ),
 )
 
 

@@ -60,6 +60,20 @@ FAMILIES: Final = (
         steps=28,
         guidance=7.0,
     ),
+    FlowFamily(
+        name="flux",
+        pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
+        transformer="FluxTransformer2DModel",
+        blocks="FluxAutoBlocks",
+        wants=Wants(("prompt_embeds", "pooled_prompt_embeds"), negative=False, changing=False),
+        # Where tokens and patches stand, which is the same for all rows of one size.
+        form=CallForm("hidden_states", shared=frozenset({"txt_ids", "img_ids"})),
+        widths={"prompt_embeds": "joint_attention_dim", "pooled_prompt_embeds": "pooled_projection_dim"},
+        tokens=512,
+        packed=True,
+        steps=28,
+        guidance=3.5,
+    ),
 )
 
 
