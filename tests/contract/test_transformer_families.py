@@ -20,6 +20,7 @@ from tests.support.backends import load_first
 FAMILIES = {
     "sd3": tiny_transformers.build_sd3,
     "flux": tiny_transformers.build_flux,
+    "qwen-image": tiny_transformers.build_qwen_image,
 }
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -17,6 +20,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -24,7 +30,16 @@ from transformers import (
 
 from tests.support import tiny_models as sd
 
-T5_WIDTH = 80
+T5_WIDTH, QWEN_WIDTH = 80, 32
+_QWEN: dict[str, Any] = {
+    "hidden_size": QWEN_WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_MULTIMODAL_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
 def build_sd3(path: Path, *, t5: bool = True) -> None:
@@ -86,6 +101,36 @@ def build_flux(path: Path, *, guidance_embeds: bool = True) -> None:
     save(pipeline, path)
 
 
+def build_qwen_image(path: Path) -> None:
+    """A QwenImagePipeline: a language model that sees is its text encoder, and its VAE is one of videos."""
+    with sd._seeded(13):
+        tokenizer = qwen_tokenizer()
+        transformer = QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=QWEN_WIDTH,
+            axes_dims_rope=(4, 6, 6),
+        )
+        sd._widen(transformer)
+        ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+        text = {**_QWEN, **ends, "vocab_size": len(tokenizer), "rope_parameters": _MULTIMODAL_ROPE}
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH}
+        encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        sd._widen(encoder.model.language_model)
+        frames = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+        nn.init.normal_(frames.decoder.conv_out.weight, std=0.1)
+        shifts = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+        pipeline = QwenImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shifts),
+            vae=frames,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+        )
+    pipeline.save_pretrained(path)
+
+
 def save(pipeline: Any, path: Path) -> None:
     """The pipeline, with CLIP's tokenizers in the files that people's folders have."""
     pipeline.save_pretrained(path)
@@ -118,6 +163,20 @@ def t5_tokenizer() -> T5Tokenizer:
     characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=[*special, *((one, -2.0) for one in characters)], extra_ids=0)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, and the marks of a conversation."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(code) for code in kept] + [chr(256 + i) for i in range(256 - len(kept))]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {word: i for i, word in enumerate([*alphabet, *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks[1:])
+    tokenizer.chat_template = (
+        "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
 
 
 def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:

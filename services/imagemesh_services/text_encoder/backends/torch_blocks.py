@@ -10,6 +10,10 @@ from typing import Any, Final
 import diffusers
 import torch
 from diffusers.modular_pipelines import PipelineState
+from diffusers.modular_pipelines.qwenimage.prompt_templates import (
+    QWENIMAGE_PROMPT_TEMPLATE,
+    QWENIMAGE_PROMPT_TEMPLATE_START_IDX,
+)
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
@@ -19,6 +23,12 @@ from imagemesh_services.torch_support import load_module, to_numpy
 
 def _plain(tokenizer: Any, text: str) -> str:
     return text
+
+
+def _described(tokenizer: Any, text: str) -> str:
+    """As Qwen-Image's block asks its language model to describe the picture."""
+    template: str = QWENIMAGE_PROMPT_TEMPLATE
+    return template.format(text)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,13 @@ FAMILIES: Final = (
         blocks="FluxAutoBlocks",
         reads={"tokenizer_2": 512},
         negative=False,
+    ),
+    PromptFamily(
+        pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
+        blocks="QwenImageAutoBlocks",
+        reads={"tokenizer": 1024},
+        written=_described,
+        dropped=QWENIMAGE_PROMPT_TEMPLATE_START_IDX,
     ),
 )
 

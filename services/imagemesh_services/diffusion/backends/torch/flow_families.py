@@ -74,6 +74,22 @@ FAMILIES: Final = (
         steps=28,
         guidance=3.5,
     ),
+    FlowFamily(
+        name="qwen-image",
+        pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
+        transformer="QwenImageTransformer2DModel",
+        blocks="QwenImageAutoBlocks",
+        wants=Wants(("prompt_embeds", "prompt_embeds_mask"), equal=False, changing=False),
+        form=CallForm(
+            "hidden_states",
+            ragged=frozenset({"encoder_hidden_states", "encoder_hidden_states_mask"}),
+        ),
+        widths={"prompt_embeds": "joint_attention_dim"},
+        tokens=64,
+        packed=True,
+        steps=50,
+        guidance=4.0,
+    ),
 )
 
 
