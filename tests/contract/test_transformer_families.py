@@ -21,6 +21,7 @@ FAMILIES = {
     "sd3": tiny_transformers.build_sd3,
     "flux": tiny_transformers.build_flux,
     "qwen-image": tiny_transformers.build_qwen_image,
+    "z-image": tiny_transformers.build_z_image,
 }
 
 

@@ -14,6 +14,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -125,6 +129,33 @@ def build_qwen_image(path: Path) -> None:
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shifts),
             vae=frames,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+        )
+    pipeline.save_pretrained(path)
+
+
+def build_z_image(path: Path) -> None:
+    """A ZImagePipeline: a language model's last but one layer is what it reads."""
+    with sd._seeded(14):
+        tokenizer = qwen_tokenizer()
+        transformer = ZImageTransformer2DModel(
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=QWEN_WIDTH,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 64, 64],
+        )
+        sd._widen(transformer)
+        encoder = Qwen3Model(Qwen3Config(**_QWEN, vocab_size=len(tokenizer)))
+        sd._widen(encoder)
+        pipeline = ZImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae(),
             text_encoder=encoder,
             tokenizer=tokenizer,
         )

@@ -31,6 +31,15 @@ def _described(tokenizer: Any, text: str) -> str:
     return template.format(text)
 
 
+def _asked(tokenizer: Any, text: str) -> str:
+    """As Z-Image's block puts it to its language model."""
+    messages = [{"role": "user", "content": text}]
+    written: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return written
+
+
 @dataclass(frozen=True)
 class PromptFamily:
     """A row of the table.
@@ -74,6 +83,12 @@ FAMILIES: Final = (
         reads={"tokenizer": 1024},
         written=_described,
         dropped=QWENIMAGE_PROMPT_TEMPLATE_START_IDX,
+    ),
+    PromptFamily(
+        pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
+        blocks="ZImageAutoBlocks",
+        reads={"tokenizer": 512},
+        written=_asked,
     ),
 )
 

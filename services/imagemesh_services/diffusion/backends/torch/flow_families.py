@@ -90,6 +90,22 @@ FAMILIES: Final = (
         steps=50,
         guidance=4.0,
     ),
+    FlowFamily(
+        name="z-image",
+        pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
+        transformer="ZImageTransformer2DModel",
+        blocks="ZImageAutoBlocks",
+        wants=Wants(("prompt_embeds",), equal=False, changing=False),
+        form=CallForm("x", ragged=frozenset({"cap_feats"})),
+        widths={"prompt_embeds": "cap_feat_dim"},
+        tokens=64,
+        packed=False,
+        steps=50,
+        guidance=5.0,
+        lists=True,
+        # The classic pipeline adds the difference to the prediction, where others begin at the negative one.
+        guider=MappingProxyType({"use_original_formulation": True}),
+    ),
 )
 
 
