@@ -130,7 +130,7 @@ class SampleRequest(_message.Message):
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
-    """Size of the picture in pixels, multiples of the VAE's scale factor."""
+    """Size of the picture in pixels, multiples of what the model's card says."""
     height: _builtins.int
     steps: _builtins.int
     guidance_scale: _builtins.float
@@ -160,7 +160,8 @@ class SampleRequest(_message.Message):
     """A name from ListGuiders, or a diffusers class name; empty: "CFG"."""
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
-        """What the text encoder answered: "prompt_embeds" and, for guidance_scale > 1, "negative_prompt_embeds", a row each. Of prompts
+        """What the text encoder answered: "prompt_embeds" and whatever else the model's family has, and for guidance_scale > 1 the same
+        of the negative prompt, unless guidance is an input of the model's; a row each. Of prompts
         that change with the step a row a phase, and "prompt_phases" or "negative_prompt_phases", DTYPE_INT32 [steps]: the row
         of each step of the whole schedule, of which an image with strength 0.5 does the second half.
         """

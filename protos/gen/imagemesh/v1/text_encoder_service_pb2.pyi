@@ -110,6 +110,9 @@ class EncodeTextResponse(_message.Message):
         Models of Stable Diffusion XL's family have "pooled_prompt_embeds" and "negative_pooled_prompt_embeds" too, each [1, width].
         A prompt that changes has as many rows as phases, and "prompt_phases" or "negative_prompt_phases", DTYPE_INT32 [steps],
         names the row of each step of the whole schedule.
+        So have Stable Diffusion 3 and Flux, whose number of tokens is always the same; Flux has nothing negative. Of Qwen-Image and
+        Z-Image both have a number of tokens of their own; Qwen-Image has "prompt_embeds_mask" and its negative too, DTYPE_INT64
+        [1, tokens], 0 where a token is padding.
         """
 
     def __init__(

@@ -136,7 +136,7 @@ class EncodeImagesResponse(_message.Message):
     SHIFT_FACTOR_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     scaling_factor: _builtins.float
-    """scaled = (latents - shift_factor) * scaling_factor"""
+    """scaled = (latents - shift_factor) * scaling_factor. A VAE with factors a channel answers scaled latents, and 1 and 0 here."""
     shift_factor: _builtins.float
     backend: _builtins.str
     @_builtins.property
