@@ -15,6 +15,7 @@ from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
+from imagemesh_runtime.metrics import Metrics
 
 ModelInfo = model_service_pb2.ModelInfo
 
@@ -22,10 +23,10 @@ ModelInfo = model_service_pb2.ModelInfo
 class Mesh:
     """Channels to the five services."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
         def peer(name: str, address: str) -> Peer:
-            timeout = config.request_timeout_seconds
-            return Peer(name, address, max_message_bytes=config.max_message_bytes, timeout_seconds=timeout)
+            limit, timeout = config.max_message_bytes, config.request_timeout_seconds
+            return Peer(name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics)
 
         self.text_encoder = peer("text-encoder", config.text_encoder)
         addresses = [address.strip() for address in config.diffusion.split(",") if address.strip()]
@@ -39,6 +40,7 @@ class Mesh:
         self.peers = (self.text_encoder, *self.diffusion.peers, self.vae, self.controlnet, self.vit)
         self.encode = text_encoder_service_pb2_grpc.TextEncoderServiceStub(self.text_encoder.channel)
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
+        self.pictures = vae_service_pb2_grpc.VaeServiceStub(self.vae.parcels)
         self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
         self.catalogue = Catalogue(config)
 

@@ -13,6 +13,7 @@ from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.modes import LATENT_UPSCALERS, PICTURE_UPSCALERS
 from imagemesh_gateway.plan import Plan
 from imagemesh_gateway.sources import Sources, sources
+from imagemesh_runtime.parcels import Parcel
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
 
 Tensors = dict[str, tensor_pb2.Tensor]
@@ -92,18 +93,23 @@ async def decode_latents(
     """uint8 [pictures, height, width, 3] of scaled latents."""
     request = vae_service_pb2.DecodeLatentsRequest(model=plan.model, latents=latents)
     with ledger.metrics.stage.time(stage):
-        answer = await mesh.vae.unary(mesh.decode.DecodeLatents, request, ledger.hop(stage))
-    ledger.backends[stage] = answer.backend
-    return from_proto(answer.images, "images", dtypes=["uint8"], shape=(len(plan.seeds), None, None, 3))
+        answer: Parcel[vae_service_pb2.DecodeLatentsResponse] = await mesh.vae.unary(
+            mesh.pictures.DecodeLatents, request, ledger.hop(stage)
+        )
+    ledger.backends[stage] = answer.message.backend
+    return answer.array(answer.message.images, "images", dtypes=["uint8"], shape=(len(plan.seeds), None, None, 3))
 
 
 async def _moments(mesh: Mesh, plan: Plan, images: Array, ledger: Ledger, stage: str) -> Tensors:
     """The distribution of the pictures' latents, by the sampler's names."""
-    request = vae_service_pb2.EncodeImagesRequest(model=plan.model, images=to_proto(images))
+    request = Parcel[vae_service_pb2.EncodeImagesRequest]()
+    request.seal(vae_service_pb2.EncodeImagesRequest(model=plan.model, images=request.add(images)))
     with ledger.metrics.stage.time(stage):
-        answer = await mesh.vae.unary(mesh.decode.EncodeImages, request, ledger.hop(stage))
-    ledger.backends[stage] = answer.backend
-    return {"image_mean": answer.mean, "image_log_variance": answer.log_variance}
+        answer = await mesh.vae.unary(mesh.pictures.EncodeImages, request, ledger.hop(stage))
+    told = answer.message
+    ledger.backends[stage] = told.backend
+    moments = {"image_mean": told.mean, "image_log_variance": told.log_variance}
+    return {name: to_proto(answer.array(tensor, name)) for name, tensor in moments.items()}
 
 
 def _enlarged(images: Array, plan: Plan, filter: Image.Resampling) -> Array:

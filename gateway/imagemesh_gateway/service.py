@@ -103,4 +103,5 @@ class _EmbeddedUvicorn(uvicorn.Server):
 
 def create(config: GatewayConfig) -> GatewayServer:
     """The gateway, not yet started; call it inside the event loop that will run it."""
-    return GatewayServer(config, Mesh(config), Metrics(config.SERVICE))
+    metrics = Metrics(config.SERVICE)
+    return GatewayServer(config, Mesh(config, metrics), metrics)

@@ -15,8 +15,10 @@ from google.rpc import status_pb2
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.context import current_call, parse_server_timing
 from imagemesh_runtime.errors import DeadlineExceeded, MeshError, RemoteError, Unavailable
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.parcels import Parcel, ParcelChannel, moved
 
-Response = TypeVar("Response", bound=Message)
+Response = TypeVar("Response", bound=Message | Parcel[Any])
 T = TypeVar("T")
 
 # What of the remaining time is kept for telling the caller which service was late.
@@ -49,16 +51,34 @@ class Hop:
 
 
 class Peer:
-    """A service that this one calls, by name."""
+    """A service that this one calls, by name.
 
-    def __init__(self, name: str, address: str, *, max_message_bytes: int, timeout_seconds: float = 600.0) -> None:
+    Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        *,
+        max_message_bytes: int,
+        timeout_seconds: float = 600.0,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.name = name
         self.address = address
         self._timeout = timeout_seconds
+        self._metrics = metrics
         self.channel = grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+        self.parcels = ParcelChannel(self.channel)
 
     async def unary(
-        self, method: Any, request: Message, hop: Hop | None = None, *, timeout_seconds: float | None = None
+        self,
+        method: Any,
+        request: Message | Parcel[Any],
+        hop: Hop | None = None,
+        *,
+        timeout_seconds: float | None = None,
     ) -> Any:
         """Call a unary method of a stub on ``self.channel``, for at most ``timeout_seconds`` if given.
 
@@ -68,30 +88,30 @@ class Peer:
             MeshError: the peer's own error, handed on.
         """
         hop = hop if hop is not None else Hop()
-        hop.bytes_sent += request.ByteSize()
+        hop.bytes_sent += self.count("sent", request)
         timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
         with self.failures():
             call = method(request, timeout=timeout, metadata=self.metadata())
             response = await call
             await hop.end(call)
-        hop.bytes_received += response.ByteSize()
+        hop.bytes_received += self.count("received", response)
         return response
 
     async def stream(
-        self, method: Any, request: Message | AsyncIterator[Message], hop: Hop | None = None
+        self, method: Any, request: Message | Parcel[Any] | AsyncIterator[Message], hop: Hop | None = None
     ) -> AsyncGenerator[Any, None]:
         """Call a method that streams its answers, and takes one request or several; errors as ``unary``.
 
         Closing the generator cancels the call: hold it in ``contextlib.aclosing``, or that is left to the collector.
         """
         hop = hop if hop is not None else Hop()
-        hop.bytes_sent += request.ByteSize() if isinstance(request, Message) else 0
+        hop.bytes_sent += self.count("sent", request) if isinstance(request, Message | Parcel) else 0
         with self.failures():
             call = method(request, timeout=self.timeout(), metadata=self.metadata())
         try:
             with self.failures():
                 async for response in call:
-                    hop.bytes_received += response.ByteSize()
+                    hop.bytes_received += self.count("received", response)
                     yield response
                 await hop.end(call)
         finally:
@@ -102,6 +122,13 @@ class Peer:
         with self.failures():
             return Session(self, method(timeout=self.timeout(), metadata=self.metadata()))
         raise AssertionError("failures() swallows nothing")
+
+    def count(self, direction: str, message: Message | Parcel[Any]) -> int:
+        """Note which way a message's bytes go; answers how many they are."""
+        if self._metrics is not None:
+            for path, count in moved(message):
+                self._metrics.count_transport(path, direction, count)
+        return message.ByteSize()
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -169,20 +196,22 @@ class Session(Generic[Response]):
         finally:
             self._call.cancel()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message | Parcel[Any]) -> None:
         """Say something that isn't answered.
 
         Raises:
             MeshError: the call has ended, as the peer's status has it.
         """
         await self._attempt(self._call.write(message))
+        self._peer.count("sent", message)
 
-    async def ask(self, message: Message) -> Response:
+    async def ask(self, message: Message | Parcel[Any]) -> Response:
         """Say something and wait for the answer; errors as ``send``."""
         await self.send(message)
         answer: Response = await self._attempt(self._call.read())
         if answer is grpc.aio.EOF:
             raise await self._reason()
+        self._peer.count("received", answer)
         return answer
 
     async def _attempt(self, operation: Awaitable[Any]) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -32,6 +33,7 @@ from imagemesh_runtime.errors import (
     Unimplemented,
 )
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.parcels import Parcel, moved
 
 log = logging.getLogger(__name__)
 
@@ -182,12 +184,12 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         def begin(context: Any) -> "_Wire":
             call = Call(_KINDS[streams], service, method, metadata, context, CallContext())
-            return _Wire(handler, call, self._metrics, self._limit)
+            return _Wire(handler, behaviour, call, self._metrics, self._limit)
 
-        return self._wrap(handler, streams, begin)
-
-    def _wrap(self, handler: Any, streams: tuple[bool, bool], begin: Callable[[Any], "_Wire"]) -> Any:
         behaviour = getattr(handler, "_".join("stream" if streaming else "unary" for streaming in streams))
+        return self._wrap(behaviour, streams, begin)
+
+    def _wrap(self, behaviour: Any, streams: tuple[bool, bool], begin: Callable[[Any], "_Wire"]) -> Any:
 
         async def to_unary(request: Any, context: Any) -> bytes:
             wire = begin(context)
@@ -222,10 +224,13 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 class _Wire:
     """The context that a servicer sees: gRPC's own, with messages parsed, serialised and counted on their way."""
 
-    def __init__(self, handler: Any, call: Call, metrics: Metrics, limit: int) -> None:
+    def __init__(self, handler: Any, behaviour: Any, call: Call, metrics: Metrics, limit: int) -> None:
         self.call = call
         self._limit = limit
+        self._metrics = metrics
         self._parse = handler.request_deserializer
+        if getattr(behaviour, "takes_parcels", False):
+            self._parse = partial(Parcel.from_bytes, handler.request_deserializer.__self__)
         self._serialise = handler.response_serializer
         self._streams_in = handler.request_streaming
         labels = (call.kind, call.service, call.method)
@@ -244,16 +249,26 @@ class _Wire:
         if self._parse is None:
             return data
         try:
-            return self._parse(data)
+            request = self._parse(data)
         except DecodeError as error:
             raise InvalidArgument("request", f"{len(data)} bytes", "a message of the method's request type") from error
+        self._count("received", request)
+        return request
 
     def encode(self, message: Any) -> bytes:
-        data: bytes = message if self._serialise is None else self._serialise(message)
+        if isinstance(message, Parcel):
+            data = message.to_bytes()
+        else:
+            data = message if self._serialise is None else self._serialise(message)
         if len(data) > self._limit:
             raise TooLarge(f"the answer's {len(data)} bytes are over the limit of {self._limit}")
         self._sent.inc()
+        self._count("sent", message)
         return data
+
+    def _count(self, direction: str, message: Any) -> None:
+        for path, count in moved(message):
+            self._metrics.count_transport(path, direction, count)
 
     async def read(self) -> Any:
         data = await self.call.context.read()

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+PATHS = ("shm", "raw", "protobuf")
+DIRECTIONS = ("sent", "received")
 _GRPC = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -41,10 +43,21 @@ class Metrics:
             "imagemesh_cancelled_requests", "Requests given up because the caller went.", ("service",),
             registry=self.registry,
         ).labels(service)  # fmt: skip
+        self._transport = Counter(
+            "imagemesh_transport_bytes", "Bytes of messages that can hold tensors, by the way that they went.",
+            ("service", "path", "direction"), registry=self.registry,
+        )  # fmt: skip
+        for path in PATHS:
+            for direction in DIRECTIONS:
+                self._transport.labels(service, path, direction)  # there, at 0, before anything moved
         self.moved = Counter(
             "imagemesh_moved_generations", "Generations that went on at another replica.", ("service",),
             registry=self.registry,
         ).labels(service)  # fmt: skip
+
+    def count_transport(self, path: str, direction: str, count: int) -> None:
+        """Count bytes that were ``sent`` or ``received`` as plain ``protobuf``, ``raw`` or in ``shm``."""
+        self._transport.labels(self.service, path, direction).inc(count)
 
     def _grpc_counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*_GRPC, *labels), registry=self.registry)

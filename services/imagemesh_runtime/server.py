@@ -33,7 +33,7 @@ class MeshServer:
     """
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
-        self.name = metrics.service
+        self.name, self.metrics = metrics.service, metrics
         self.address = ""
         self._config = config
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]

@@ -5,7 +5,7 @@ numpy has no bfloat16 and no 8-bit floats; their arrays carry ``ml_dtypes``' typ
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -34,8 +34,24 @@ _ENUMS: Final = {dtype: enum for enum, dtype in _DTYPES.items()}
 FLOATS: Final = ("float32", "float16", "bfloat16")
 
 
-def to_proto(array: Array) -> tensor_pb2.Tensor:
-    """Encode an array of any strides.
+class Memory(Protocol):
+    """Where the payloads of a message's tensors lie when they are not in the message."""
+
+    # Its bytes, and which way they came: "raw" or "shm".
+    size: int
+    path: str
+
+    def read(self, where: tensor_pb2.SharedMemoryRef, field: str) -> Array:
+        """The bytes of a range, as a read-only uint8 array that keeps the memory alive.
+
+        Raises:
+            InvalidArgument: the range is not all of this message's own.
+        """
+        ...
+
+
+def headed(array: Array) -> tuple[tensor_pb2.Tensor, Array]:
+    """A Tensor that lacks its payload, and the payload as contiguous uint8, if possible the array's own memory.
 
     Raises:
         TypeError: the dtype has no place in the contract (float64, complex, object...).
@@ -44,8 +60,19 @@ def to_proto(array: Array) -> tensor_pb2.Tensor:
     enum = _ENUMS.get(dtype)
     if enum is None:
         raise TypeError(f"no tensor dtype for {array.dtype}")
-    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
-    return tensor_pb2.Tensor(dtype=enum, shape=array.shape, data=data)
+    payload = np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8)
+    return tensor_pb2.Tensor(dtype=enum, shape=array.shape), payload
+
+
+def to_proto(array: Array) -> tensor_pb2.Tensor:
+    """Encode an array of any strides.
+
+    Raises:
+        TypeError: as ``headed``.
+    """
+    tensor, payload = headed(array)
+    tensor.data = payload.tobytes()
+    return tensor
 
 
 def from_proto(
@@ -54,6 +81,7 @@ def from_proto(
     *,
     dtypes: Collection[str] | None = None,
     shape: Sequence[int | None] | None = None,
+    memory: Memory | None = None,
 ) -> Array:
     """Decode a tensor into a read-only array that shares the message's bytes.
 
@@ -61,6 +89,7 @@ def from_proto(
         field: the tensor's name in the request, for errors.
         dtypes: numpy names of the dtypes allowed; None allows all.
         shape: extents required, None for any; None allows every shape.
+        memory: where the payload lies if the message only refers to it; None: such a reference is an error.
 
     Raises:
         InvalidArgument: dtype, shape or byte count are not what they must be.
@@ -74,17 +103,23 @@ def from_proto(
     extents = _checked_shape(tensor, field, shape)
     if math.prod(extent or 1 for extent in extents) * dtype.itemsize > _MAX_BYTES:
         raise InvalidArgument(f"{field}.shape", list(extents), "of a size that fits in memory")
-    payload = tensor.WhichOneof("payload")
-    if payload == "shared_memory":
-        raise InvalidArgument(field, payload, "carried as data: this connection has negotiated no shared memory")
-    data = tensor.data
+    data = _payload(tensor, field, memory)
     expected = math.prod(extents) * dtype.itemsize
     if len(data) != expected:
         allowed = f"{expected} bytes for shape {list(extents)} of {dtype.name}"
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes", allowed)
-    if dtype == np.bool_ and data.strip(b"\0\1"):
-        raise InvalidArgument(f"{field}.data", data, "bytes of 0 and 1 for bool")
-    return np.frombuffer(data, dtype=dtype).reshape(extents)
+    if dtype == np.bool_ and data.size and data.max() > 1:
+        raise InvalidArgument(f"{field}.data", data[data > 1].tobytes(), "bytes of 0 and 1 for bool")
+    return data.view(dtype).reshape(extents)
+
+
+def _payload(tensor: tensor_pb2.Tensor, field: str, memory: Memory | None) -> Array:
+    if tensor.WhichOneof("payload") != "shared_memory":
+        return np.frombuffer(tensor.data, np.uint8)
+    if memory is None:
+        allowed = "carried as data: this connection has negotiated no shared memory"
+        raise InvalidArgument(field, "shared_memory", allowed)
+    return memory.read(tensor.shared_memory, field)
 
 
 def _checked_shape(tensor: tensor_pb2.Tensor, field: str, wanted: Sequence[int | None] | None) -> tuple[int, ...]:

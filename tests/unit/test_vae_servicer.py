@@ -11,6 +11,7 @@ from imagemesh.v1 import vae_service_pb2 as pb
 from imagemesh_runtime.errors import Overloaded
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.parcels import Parcel
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, to_proto
 from imagemesh_services.vae.backend import MemoryOptions
@@ -53,7 +54,7 @@ async def servicer(model: Slow) -> AsyncIterator[VaeServicer]:
     lane.close()
 
 
-async def begin(servicer: VaeServicer, *pictures: float) -> asyncio.Task[pb.DecodeLatentsResponse]:
+async def begin(servicer: VaeServicer, *pictures: float) -> asyncio.Task[Parcel[pb.DecodeLatentsResponse]]:
     """The task of a request for such pictures, which has come as far as it can when this returns."""
     latents = np.array(pictures, np.float32).reshape(-1, 1, 1, 1).repeat(4, axis=1)
     request = pb.DecodeLatentsRequest(model="fake", latents=to_proto(latents))
@@ -65,7 +66,7 @@ async def begin(servicer: VaeServicer, *pictures: float) -> asyncio.Task[pb.Deco
 async def test_a_request_of_more_parts_than_the_queue_has_places_is_served(servicer, model):
     model.release.set()
     answer = await (await begin(servicer, *range(9)))
-    assert list(answer.images.shape) == [9, 8, 8, 3]
+    assert list(answer.message.images.shape) == [9, 8, 8, 3]
     assert model.forwards == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
 
 

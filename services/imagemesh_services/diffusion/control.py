@@ -12,8 +12,11 @@ from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer, Session
 from imagemesh_runtime.errors import DeadlineExceeded
-from imagemesh_runtime.tensors import FLOATS, Array, from_proto, map_to_proto, require_finite, to_proto
+from imagemesh_runtime.parcels import Parcel
+from imagemesh_runtime.tensors import FLOATS, Array, require_finite
 from imagemesh_services.diffusion.backend import Residuals, Run
+
+Answer = Parcel[pb.ControlResponse]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Told:
 class Control:
     """The open sessions of one generation."""
 
-    def __init__(self, sessions: Sequence["Session[pb.ControlResponse]"], peer: Peer, timeout: float) -> None:
+    def __init__(self, sessions: Sequence[Session[Answer]], peer: Peer, timeout: float) -> None:
         self._sessions = sessions
         self._peer = peer
         self._timeout = timeout
@@ -50,18 +53,19 @@ class Control:
         Raises:
             DeadlineExceeded: a ControlNet did not answer in time.
         """
-        step = pb.ControlStep(sample=to_proto(sample), timestep=timestep)
+        question = Parcel[pb.ControlRequest]()
+        step = pb.ControlStep(sample=question.add(sample), timestep=timestep)
         if changed is not None:
-            step.encoder_hidden_states.CopyFrom(to_proto(changed.embeddings))
-            for name, tensor in map_to_proto(changed.added).items():
+            step.encoder_hidden_states.CopyFrom(question.add(changed.embeddings))
+            for name, tensor in question.add_map(changed.added).items():
                 step.added_conditions[name].CopyFrom(tensor)
-        question = pb.ControlRequest(step=step)
+        question.seal(pb.ControlRequest(step=step))
         try:
             async with asyncio.timeout(self._timeout):
                 answers = await asyncio.gather(*(session.ask(question) for session in self._sessions))
         except TimeoutError as error:
             raise DeadlineExceeded(self._peer.name, f"no residuals within {self._timeout} s") from error
-        self.backends = [answer.backend for answer in answers]
+        self.backends = [answer.message.backend for answer in answers]
         return reduce(add, [_residuals(answer) for answer in answers])
 
 
@@ -74,26 +78,28 @@ async def open_control(
     timeout_seconds: float,
 ) -> AsyncIterator[Control]:
     """Start a session for every unit; what holds until more is told is sent now, once."""
-    stub = rpc.ControlNetServiceStub(peer.channel)
+    stub = rpc.ControlNetServiceStub(peer.parcels)
     async with AsyncExitStack() as stack:
-        sessions: list[Session[pb.ControlResponse]] = []
+        sessions: list[Session[Answer]] = []
         for unit in units:
             session = await stack.enter_async_context(peer.session(stub.Control))
+            opening = Parcel[pb.ControlRequest]()
             start = pb.ControlStart(
                 model=unit.model,
                 image=unit.image,
-                encoder_hidden_states=to_proto(embeddings),
+                encoder_hidden_states=opening.add(embeddings),
                 scale=unit.scale,
-                added_conditions=map_to_proto(added),
+                added_conditions=opening.add_map(added),
             )
-            await session.send(pb.ControlRequest(start=start))
+            await session.send(opening.seal(pb.ControlRequest(start=start)))
             sessions.append(session)
         yield Control(sessions, peer, timeout_seconds)
 
 
-def _residuals(answer: pb.ControlResponse) -> Residuals:
-    down = [from_proto(one, f"down_residuals[{i}]", dtypes=FLOATS) for i, one in enumerate(answer.down_residuals)]
-    mid = from_proto(answer.mid_residual, "mid_residual", dtypes=FLOATS)
+def _residuals(answer: Answer) -> Residuals:
+    told = answer.message
+    down = [answer.array(one, f"down_residuals[{i}]", dtypes=FLOATS) for i, one in enumerate(told.down_residuals)]
+    mid = answer.array(told.mid_residual, "mid_residual", dtypes=FLOATS)
     for i, one in enumerate(down):
         require_finite(one, f"down_residuals[{i}]")
     return Residuals(down, require_finite(mid, "mid_residual"))

@@ -18,7 +18,8 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     server = ModelServer(config, metrics, models)
     controlnet = None
     if config.controlnet:
-        controlnet = Peer("controlnet", config.controlnet, max_message_bytes=config.max_message_bytes)
+        limit = config.max_message_bytes
+        controlnet = Peer("controlnet", config.controlnet, max_message_bytes=limit, metrics=metrics)
         server.on_stop(controlnet.close)
     servicer = DiffusionServicer(config, models, controlnet, metrics)
     server.on_describe(servicer.describe)

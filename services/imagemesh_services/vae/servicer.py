@@ -11,6 +11,7 @@ from imagemesh.v1 import vae_service_pb2_grpc as rpc
 from imagemesh_runtime.batching import Batcher, submit_rows
 from imagemesh_runtime.limits import MAX_IMAGES, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.parcels import Parcel, takes_parcels
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
 from imagemesh_services.vae.backend import MemoryOptions, VaeModel
@@ -32,7 +33,9 @@ class VaeServicer(rpc.VaeServiceServicer):
             self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
         )
 
-    async def DecodeLatents(self, request: pb.DecodeLatentsRequest, context: Any) -> pb.DecodeLatentsResponse:
+    async def DecodeLatents(  # type: ignore[override]
+        self, request: pb.DecodeLatentsRequest, context: Any
+    ) -> Parcel[pb.DecodeLatentsResponse]:
         model = await self._models.get(request.model)
         shape = (None, model.channels, None, None)
         latents = require_finite(from_proto(request.latents, "latents", dtypes=FLOATS, shape=shape), "latents")
@@ -42,11 +45,16 @@ class VaeServicer(rpc.VaeServiceServicer):
         height, width = (side * model.scale_factor for side in latents.shape[2:])
         check_pixels("latents", latents.shape[0], width, height)
         images = np.concatenate(await self._submit("decode", request.model, latents, request.memory))
-        return pb.DecodeLatentsResponse(images=to_proto(images), backend=self._models.backend.name)
+        answer = Parcel[pb.DecodeLatentsResponse]()
+        return answer.seal(pb.DecodeLatentsResponse(images=answer.add(images), backend=self._models.backend.name))
 
-    async def EncodeImages(self, request: pb.EncodeImagesRequest, context: Any) -> pb.EncodeImagesResponse:
+    @takes_parcels
+    async def EncodeImages(  # type: ignore[override]
+        self, parcel: Parcel[pb.EncodeImagesRequest], context: Any
+    ) -> pb.EncodeImagesResponse:
+        request = parcel.message
         model = await self._models.get(request.model)
-        images = from_proto(request.images, "images", dtypes=["uint8", "float32"], shape=(None, None, None, 3))
+        images = parcel.array(request.images, "images", dtypes=["uint8", "float32"], shape=(None, None, None, 3))
         if images.dtype != np.uint8 and images.size:
             require_finite(images, "images")
             check_range("the largest magnitude in images", float(np.abs(images).max()), 0, 1)

@@ -1,0 +1,86 @@
+"""The sampler's side of a ControlNet session against a real service, and which way its bytes went."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagemesh.v1 import diffusion_service_pb2
+from imagemesh_runtime.client import Peer
+from imagemesh_runtime.metrics import DIRECTIONS, PATHS, Metrics
+from imagemesh_runtime.tensors import to_proto
+from imagemesh_services.controlnet.config import ControlNetConfig
+from imagemesh_services.controlnet.service import create
+from imagemesh_services.diffusion.backend import Residuals
+from imagemesh_services.diffusion.control import Control, open_control
+from tests.support.services import serving
+
+_numbers = np.random.default_rng(5)
+PICTURE = _numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+EMBEDDINGS = _numbers.normal(size=(2, 5, 32)).astype(np.float32)
+SAMPLE = _numbers.normal(size=(2, 4, 8, 8)).astype(np.float32)
+LIMIT = 256 << 20
+
+
+def moved(metrics: Metrics) -> dict[str, int]:
+    """Bytes by "path direction", those that are not 0."""
+    found = {}
+    for path in PATHS:
+        for direction in DIRECTIONS:
+            labels = {"service": metrics.service, "path": path, "direction": direction}
+            value = metrics.registry.get_sample_value("imagemesh_transport_bytes_total", labels)
+            assert value is not None
+            found[f"{path} {direction}"] = int(value)
+    return {name: value for name, value in found.items() if value}
+
+
+class Steered:
+    """A sampler's peer, and the service that it calls."""
+
+    def __init__(self, server: Any, peer: Peer, metrics: Metrics, server_metrics: Metrics) -> None:
+        self.server, self.peer, self.metrics, self.server_metrics = server, peer, metrics, server_metrics
+
+    def control(self, *scales: float) -> Any:
+        """Sessions of tiny-controlnet, one a scale."""
+        picture = to_proto(PICTURE)
+        units = [
+            diffusion_service_pb2.ControlUnit(model="tiny-controlnet", image=picture, scale=scale) for scale in scales
+        ]
+        return open_control(self.peer, units, EMBEDDINGS, {}, 30)
+
+    async def residuals(self, *timesteps: float) -> list[Residuals]:
+        """What one session answers."""
+        async with self.control(1.0) as control:
+            return [await ask(control, timestep) for timestep in timesteps]
+
+
+async def ask(control: Control, timestep: float = 601.0) -> Residuals:
+    return await control.residuals(SAMPLE, timestep)
+
+
+@asynccontextmanager
+async def steered(models: Path, listen: str = "127.0.0.1:0", **settings: Any) -> AsyncIterator[Steered]:
+    """The real service with the tiny model, and a peer for it."""
+    config = ControlNetConfig(
+        listen=listen, backend="torch", models=str(models), device="cpu", threads=1, drain_grace_seconds=0.1, **settings
+    )
+    async with serving(create, config) as served:
+        metrics = Metrics("diffusion")
+        peer = Peer("controlnet", served.server.address, max_message_bytes=LIMIT, metrics=metrics)
+        try:
+            yield Steered(served.server, peer, metrics, served.server.metrics)
+        finally:
+            await peer.close()
+
+
+def payload(residuals: Residuals) -> int:
+    """Bytes of the arrays."""
+    return sum(one.nbytes for one in (*residuals.down, residuals.mid))
+
+
+def same(one: Residuals, other: Residuals) -> bool:
+    """Whether they agree bit by bit."""
+    pairs = zip((*one.down, one.mid), (*other.down, other.mid), strict=True)
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
