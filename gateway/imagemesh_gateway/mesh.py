@@ -26,7 +26,10 @@ class Mesh:
     def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
         def peer(name: str, address: str) -> Peer:
             limit, timeout = config.max_message_bytes, config.request_timeout_seconds
-            return Peer(name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics)
+            shares = config.shared_memory_bytes > 0
+            return Peer(
+                name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics, shares_memory=shares
+            )
 
         self.text_encoder = peer("text-encoder", config.text_encoder)
         addresses = [address.strip() for address in config.diffusion.split(",") if address.strip()]

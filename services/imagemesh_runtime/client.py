@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
@@ -17,6 +17,7 @@ from imagemesh_runtime.context import current_call, parse_server_timing
 from imagemesh_runtime.errors import DeadlineExceeded, MeshError, RemoteError, Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, ParcelChannel, moved
+from imagemesh_runtime.tenancy import Lodger, NoReceipts, Receipts
 
 Response = TypeVar("Response", bound=Message | Parcel[Any])
 T = TypeVar("T")
@@ -53,7 +54,8 @@ class Hop:
 class Peer:
     """A service that this one calls, by name.
 
-    Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels.
+    Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels, whose payloads come in shared memory if
+    the peer is on this machine and offers some.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Peer:
         max_message_bytes: int,
         timeout_seconds: float = 600.0,
         metrics: Metrics | None = None,
+        shares_memory: bool = True,
     ) -> None:
         self.name = name
         self.address = address
@@ -71,6 +74,7 @@ class Peer:
         self._metrics = metrics
         self.channel = grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
         self.parcels = ParcelChannel(self.channel)
+        self._lodger = Lodger(self.channel) if shares_memory else None
 
     async def unary(
         self,
@@ -91,9 +95,10 @@ class Peer:
         hop.bytes_sent += self.count("sent", request)
         timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
         with self.failures():
-            call = method(request, timeout=timeout, metadata=self.metadata())
-            response = await call
-            await hop.end(call)
+            async with self.receiving(method) as receipts:
+                call = method(request, timeout=timeout, metadata=(*self.metadata(), *receipts.metadata))
+                response = receipts.claim(await call)
+                await hop.end(call)
         hop.bytes_received += self.count("received", response)
         return response
 
@@ -106,22 +111,34 @@ class Peer:
         """
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += self.count("sent", request) if isinstance(request, Message | Parcel) else 0
-        with self.failures():
-            call = method(request, timeout=self.timeout(), metadata=self.metadata())
-        try:
+        async with self.receiving(method) as receipts:
             with self.failures():
-                async for response in call:
-                    hop.bytes_received += self.count("received", response)
-                    yield response
-                await hop.end(call)
-        finally:
-            call.cancel()
+                metadata = (*self.metadata(), *receipts.metadata)
+                call = method(request, timeout=self.timeout(), metadata=metadata)
+            try:
+                with self.failures():
+                    async for response in call:
+                        hop.bytes_received += self.count("received", receipts.claim(response))
+                        yield response
+                    await hop.end(call)
+            finally:
+                call.cancel()
 
     def session(self, method: Any) -> "Session[Any]":
-        """Open a bidirectional call whose every message is answered by one."""
-        with self.failures():
-            return Session(self, method(timeout=self.timeout(), metadata=self.metadata()))
-        raise AssertionError("failures() swallows nothing")
+        """A bidirectional call whose every message is answered by one; entering it opens it."""
+        return Session(self, method)
+
+    @asynccontextmanager
+    async def receiving(self, method: Any) -> AsyncIterator[Receipts | NoReceipts]:
+        """Around a call of ``method``: what its answers leave in shared memory, if they may."""
+        receipts = None
+        if self._lodger is not None and getattr(method, "answers_parcels", False):
+            receipts = await self._lodger.begin(self.timeout())
+        try:
+            yield receipts or NoReceipts()
+        finally:
+            if receipts is not None:
+                receipts.end()
 
     def count(self, direction: str, message: Message | Parcel[Any]) -> int:
         """Note which way a message's bytes go; answers how many they are."""
@@ -165,6 +182,8 @@ class Peer:
 
     async def close(self) -> None:
         """Close the channel; calls under way end."""
+        if self._lodger is not None:
+            self._lodger.close()
         await self.channel.close()
 
 
@@ -174,14 +193,21 @@ class Session(Generic[Response]):
     Leaving it says good-bye and lets the peer end the call; leaving it with an exception cancels the call.
     """
 
-    def __init__(self, peer: Peer, call: Any) -> None:
+    def __init__(self, peer: Peer, method: Any) -> None:
         self._peer = peer
-        self._call = call
+        self._method = method
+        self._stack = AsyncExitStack()
         self._end: grpc.aio.AioRpcError | None = None
         self._ended = asyncio.Event()
-        call.add_done_callback(self._note_end)
 
     async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            with self._peer.failures():
+                self._receipts = await stack.enter_async_context(self._peer.receiving(self._method))
+                metadata = (*self._peer.metadata(), *self._receipts.metadata)
+                self._call = self._method(timeout=self._peer.timeout(), metadata=metadata)
+            self._call.add_done_callback(self._note_end)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
@@ -195,6 +221,7 @@ class Session(Generic[Response]):
                         await self._ended.wait()
         finally:
             self._call.cancel()
+            await self._stack.aclose()
 
     async def send(self, message: Message | Parcel[Any]) -> None:
         """Say something that isn't answered.
@@ -211,7 +238,7 @@ class Session(Generic[Response]):
         answer: Response = await self._attempt(self._call.read())
         if answer is grpc.aio.EOF:
             raise await self._reason()
-        self._peer.count("received", answer)
+        self._peer.count("received", self._receipts.claim(answer))
         return answer
 
     async def _attempt(self, operation: Awaitable[Any]) -> Any:

@@ -28,6 +28,8 @@ class ServerConfig:
     metrics_listen: str = "127.0.0.1:0"
     admin_listen: str = "127.0.0.1:0"
     max_message_bytes: int = 256 * MIB
+    # Most memory to share with each client on this machine for what it is answered, taken as it is needed; 0: none.
+    shared_memory_bytes: int = 256 * MIB
     max_concurrent_calls: int = 1024
     # A call without a deadline of its own gets this one.
     request_timeout_seconds: float = 600.0

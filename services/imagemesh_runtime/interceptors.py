@@ -1,6 +1,6 @@
 """What happens around every RPC of every service, outermost first:
 
-metrics -> call context (trace, deadline, Server-Timing) -> errors -> the servicer's method.
+metrics -> call context (trace, deadline, Server-Timing) -> errors -> shared memory -> the servicer's method.
 
 A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC. It also
 parses and serialises the messages itself, so that a request that can't be parsed is an error like any other.
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from imagemesh_runtime.errors import (
     Unavailable,
     Unimplemented,
 )
+from imagemesh_runtime.leases import HEADER, Leases
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, moved
 
@@ -59,6 +60,8 @@ class Call:
     context_call: CallContext
     # The code that the RPC ends with, as far as it is known.
     code: grpc.StatusCode = grpc.StatusCode.OK
+    # Leaves a parcel's payloads in memory that the client shares, if it can; None: the client shares none.
+    place: Callable[[Parcel[Any]], Awaitable[bool]] | None = None
 
     def final_code(self) -> grpc.StatusCode:
         """The code that the client gets: the layers' one, else what the servicer itself set or aborted with."""
@@ -166,6 +169,25 @@ async def _abort(call: Call, error: MeshError) -> None:
     await call.context.abort(status.code, status.details, (*status.trailing_metadata, *pushback, timing))
 
 
+def shared_memory_layer(leases: Leases) -> Layer:
+    """Give the call the place in shared memory that its client has leased."""
+
+    @asynccontextmanager
+    async def layer(call: Call) -> AsyncIterator[None]:
+        found = leases.enter(call.metadata.get(HEADER))
+        if found is None:
+            yield
+            return
+        lease, shelf, leave = found
+        call.place = partial(lease.place, shelf)
+        try:
+            yield
+        finally:
+            leave()
+
+    return layer
+
+
 class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Runs the layers around every call, whatever its kind, and counts its messages."""
 
@@ -197,7 +219,7 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 response = await behaviour(wire.input(request), wire)
                 if wire.call.final_code() is not grpc.StatusCode.OK:
                     return b""  # the servicer set a code; gRPC sends no message with it
-                return wire.encode(response)
+                return await wire.encode(response)
             raise AssertionError("a layer swallowed an error")
 
         async def to_stream(request: Any, context: Any) -> None:
@@ -255,9 +277,10 @@ class _Wire:
         self._count("received", request)
         return request
 
-    def encode(self, message: Any) -> bytes:
+    async def encode(self, message: Any) -> bytes:
         if isinstance(message, Parcel):
-            data = message.to_bytes()
+            placed = self.call.place is not None and await self.call.place(message)
+            data: bytes = message.message.SerializeToString() if placed else message.to_bytes()
         else:
             data = message if self._serialise is None else self._serialise(message)
         if len(data) > self._limit:
@@ -275,7 +298,7 @@ class _Wire:
         return data if data is grpc.aio.EOF else self.decode(data)
 
     async def write(self, message: Any) -> None:
-        await self.call.context.write(self.encode(message))
+        await self.call.context.write(await self.encode(message))
 
     async def _requests(self, data: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for one in data:

@@ -136,6 +136,18 @@ class Letter:
         return self._bytes[where.offset : where.offset + where.length]
 
 
+class Shelved:
+    """The memory of a parcel that was sent in shared memory: read at the other end alone."""
+
+    path = "shm"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, where: tensor_pb2.SharedMemoryRef, field: str) -> Array:
+        raise RuntimeError(f"{field} was sent away")
+
+
 def _cut(data: memoryview, at: int, end: int) -> wire.Pieces:
     """The tensor with a reference in the place of its payload."""
     out: wire.Pieces = []
@@ -190,7 +202,7 @@ class ParcelChannel:
         def method(path: str, request_serializer: Any, response_deserializer: Any, **options: Any) -> Any:
             """As ``unary_unary`` and the like; the generated stubs say of which message type they read."""
             answer = response_deserializer.__self__
-            return make(
+            made = make(
                 path,
                 request_serializer=lambda sent: (
                     sent.to_bytes() if isinstance(sent, Parcel) else request_serializer(sent)
@@ -198,6 +210,8 @@ class ParcelChannel:
                 response_deserializer=lambda data: Parcel.from_bytes(answer, data),
                 **options,
             )
+            made.answers_parcels = True
+            return made
 
         return method
 

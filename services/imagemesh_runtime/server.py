@@ -10,11 +10,19 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from imagemesh.v1 import transport_service_pb2_grpc
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.config import ServerConfig
 from imagemesh_runtime.health import HealthServicer
 from imagemesh_runtime.http import HttpServer, admin_routes, metrics_routes
-from imagemesh_runtime.interceptors import LayeredInterceptor, context_layer, errors_layer, metrics_layer
+from imagemesh_runtime.interceptors import (
+    LayeredInterceptor,
+    context_layer,
+    errors_layer,
+    metrics_layer,
+    shared_memory_layer,
+)
+from imagemesh_runtime.leases import Leases
 from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -40,11 +48,14 @@ class MeshServer:
         self._health = HealthServicer()
         self._ready = False
         self._draining = False
-        layers = (
+        self._leases = Leases(config.listen, config.shared_memory_bytes)
+        self._shares_memory = False
+        layers = [
             metrics_layer(metrics),
             context_layer(config.request_timeout_seconds),
             errors_layer(self.name),
-        )
+            shared_memory_layer(self._leases),
+        ]
         self._server = grpc.aio.server(
             interceptors=(LayeredInterceptor(layers, metrics, config.max_message_bytes),),
             options=channel_options(config.max_message_bytes),
@@ -55,10 +66,19 @@ class MeshServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_drain: list[Callable[[], Awaitable[None]]] = []
 
-    def add(self, register: Callable[[Any, Any], None], servicer: object, full_name: str) -> None:
-        """Serve ``servicer``; ``register`` is the generated ``add_..._to_server``."""
+    def add(
+        self, register: Callable[[Any, Any], None], servicer: object, full_name: str, *, parcels: bool = False
+    ) -> None:
+        """Serve ``servicer``; ``register`` is the generated ``add_..._to_server``.
+
+        With ``parcels``, as the servicer answers them, clients on this machine are offered shared memory for them.
+        """
         register(servicer, self._server)
         self._names.append(full_name)
+        if parcels and not self._shares_memory:
+            self._shares_memory = True
+            transport_service_pb2_grpc.add_TransportServiceServicer_to_server(self._leases, self._server)
+            self._names.append("imagemesh.v1.TransportService")
 
     def on_drain(self, hand_back: Callable[[], Awaitable[None]]) -> None:
         """Await ``hand_back()`` when the server drains: work that another replica can go on with leaves at once."""
@@ -67,6 +87,8 @@ class MeshServer:
     async def start(self) -> None:
         """Bind and accept calls; health says NOT_SERVING until ``set_ready``."""
         self._loop = asyncio.get_running_loop()
+        if self._shares_memory:
+            self._leases.start()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection(self._names, self._server)
         port = self._server.add_insecure_port(self._config.listen)
@@ -100,6 +122,7 @@ class MeshServer:
         await self.drain()
         self._health.close()
         await self._server.stop(self._config.drain_grace_seconds)
+        self._leases.close()
         await asyncio.gather(asyncio.to_thread(self.metrics_http.stop), asyncio.to_thread(self.admin_http.stop))
 
     def _drain_from_thread(self) -> None:

@@ -110,7 +110,11 @@ def from_proto(
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes", allowed)
     if dtype == np.bool_ and data.size and data.max() > 1:
         raise InvalidArgument(f"{field}.data", data[data > 1].tobytes(), "bytes of 0 and 1 for bool")
-    return data.view(dtype).reshape(extents)
+    array = data.view(dtype)
+    if not array.flags.aligned:  # in a message payloads lie as they come, and not every library takes that
+        array = data.copy().view(dtype)
+        array.setflags(write=False)
+    return array.reshape(extents)
 
 
 def _payload(tensor: tensor_pb2.Tensor, field: str, memory: Memory | None) -> Array:

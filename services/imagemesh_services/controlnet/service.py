@@ -16,5 +16,5 @@ def create(config: ControlNetConfig, lane: Lane) -> ModelServer[ControlModel]:
     models: LoadedModels[ControlModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
     server = ModelServer(config, metrics, models)
     servicer = ControlNetServicer(config, models, metrics)
-    server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService")
+    server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService", parcels=True)
     return server

@@ -18,8 +18,10 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     server = ModelServer(config, metrics, models)
     controlnet = None
     if config.controlnet:
-        limit = config.max_message_bytes
-        controlnet = Peer("controlnet", config.controlnet, max_message_bytes=limit, metrics=metrics)
+        controlnet = Peer(
+            "controlnet", config.controlnet, max_message_bytes=config.max_message_bytes, metrics=metrics,
+            shares_memory=config.shared_memory_bytes > 0,
+        )  # fmt: skip
         server.on_stop(controlnet.close)
     servicer = DiffusionServicer(config, models, controlnet, metrics)
     server.on_describe(servicer.describe)

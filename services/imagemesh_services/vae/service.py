@@ -16,6 +16,6 @@ def create(config: VaeConfig, lane: Lane) -> ModelServer[VaeModel]:
     models: LoadedModels[VaeModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
     servicer = VaeServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
-    server.add(rpc.add_VaeServiceServicer_to_server, servicer, "imagemesh.v1.VaeService")
+    server.add(rpc.add_VaeServiceServicer_to_server, servicer, "imagemesh.v1.VaeService", parcels=True)
     server.on_stop(servicer.batcher.close)
     return server

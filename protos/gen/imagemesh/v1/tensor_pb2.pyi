@@ -116,7 +116,7 @@ class SharedMemoryRef(_message.Message):
     length: _builtins.int
     """Length in bytes."""
     generation: _builtins.int
-    """Counts the arena's reuses, so that a stale reference is noticed."""
+    """Counts the messages of a call that use the arena, from 1, so that a stale reference is noticed."""
     def __init__(
         self,
         *,
