@@ -1,7 +1,8 @@
 """The sampler's side of a ControlNet session against a real service, and which way its bytes went."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer
+from imagemesh_runtime.leases import Lease
 from imagemesh_runtime.metrics import DIRECTIONS, PATHS, Metrics
 from imagemesh_runtime.tensors import to_proto
 from imagemesh_services.controlnet.config import ControlNetConfig
@@ -39,16 +41,18 @@ def moved(metrics: Metrics) -> dict[str, int]:
 class Steered:
     """A sampler's peer, and the service that it calls."""
 
-    def __init__(self, server: Any, peer: Peer, metrics: Metrics, server_metrics: Metrics) -> None:
-        self.server, self.peer, self.metrics, self.server_metrics = server, peer, metrics, server_metrics
+    def __init__(self, server: Any, peer: Peer, metrics: Metrics, model: str) -> None:
+        self.server, self.peer, self.metrics, self.server_metrics = server, peer, metrics, server.metrics
+        self._model = model
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Those that the service has given out."""
+        return list(self.server._leases._leases.values())
 
     def control(self, *scales: float) -> Any:
-        """Sessions of tiny-controlnet, one a scale."""
-        picture = to_proto(PICTURE)
-        units = [
-            diffusion_service_pb2.ControlUnit(model="tiny-controlnet", image=picture, scale=scale) for scale in scales
-        ]
-        return open_control(self.peer, units, EMBEDDINGS, {}, 30)
+        """Sessions, one a scale."""
+        return steer(self.peer, self._model, *scales)
 
     async def residuals(self, *timesteps: float) -> list[Residuals]:
         """What one session answers."""
@@ -60,19 +64,39 @@ async def ask(control: Control, timestep: float = 601.0) -> Residuals:
     return await control.residuals(SAMPLE, timestep)
 
 
+def steer(peer: Peer, model: str, *scales: float) -> AbstractAsyncContextManager[Control]:
+    """Sessions with a ControlNet service, one a scale."""
+    picture = to_proto(PICTURE)
+    units = [diffusion_service_pb2.ControlUnit(model=model, image=picture, scale=scale) for scale in scales]
+    return open_control(peer, units, EMBEDDINGS, {}, 30)
+
+
 @asynccontextmanager
-async def steered(models: Path, listen: str = "127.0.0.1:0", **settings: Any) -> AsyncIterator[Steered]:
-    """The real service with the tiny model, and a peer for it."""
+async def peering(address: str, **settings: Any) -> AsyncIterator[tuple[Peer, Metrics]]:
+    """The service at an address as the sampler sees it."""
+    metrics = Metrics("diffusion")
+    peer = Peer("controlnet", address, max_message_bytes=LIMIT, metrics=metrics, **settings)
+    try:
+        yield peer, metrics
+    finally:
+        await peer.close()
+
+
+@asynccontextmanager
+async def steered(
+    models: Path | None = None, listen: str = "127.0.0.1:0", wants_memory: bool = True, **settings: Any
+) -> AsyncIterator[Steered]:
+    """The real service, with tiny-controlnet or the fake, and a peer for it."""
+    backend, model = ("fake", "fake") if models is None else ("torch", "tiny-controlnet")
     config = ControlNetConfig(
-        listen=listen, backend="torch", models=str(models), device="cpu", threads=1, drain_grace_seconds=0.1, **settings
-    )
-    async with serving(create, config) as served:
-        metrics = Metrics("diffusion")
-        peer = Peer("controlnet", served.server.address, max_message_bytes=LIMIT, metrics=metrics)
-        try:
-            yield Steered(served.server, peer, metrics, served.server.metrics)
-        finally:
-            await peer.close()
+        listen=listen, backend=backend, models=str(models or ""), device="cpu", threads=1, drain_grace_seconds=0.1,
+        **settings,
+    )  # fmt: skip
+    async with (
+        serving(create, config) as served,
+        peering(served.server.address, shares_memory=wants_memory) as (peer, metrics),
+    ):
+        yield Steered(served.server, peer, metrics, model)
 
 
 def payload(residuals: Residuals) -> int:
@@ -84,3 +108,10 @@ def same(one: Residuals, other: Residuals) -> bool:
     """Whether they agree bit by bit."""
     pairs = zip((*one.down, one.mid), (*other.down, other.mid), strict=True)
     return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what the other side of a socket notices by itself."""
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0)
