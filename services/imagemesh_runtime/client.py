@@ -235,6 +235,10 @@ class Session(Generic[Response]):
     async def ask(self, message: Message | Parcel[Any]) -> Response:
         """Say something and wait for the answer; errors as ``send``."""
         await self.send(message)
+        return await self.hear()
+
+    async def hear(self) -> Response:
+        """Wait for an answer, one of several to what was said; errors as ``send``."""
         answer: Response = await self._attempt(self._call.read())
         if answer is grpc.aio.EOF:
             raise await self._reason()

@@ -15,10 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("names", nargs="*", help="latency, hops, memory, batching, alone, wait, capacity; none: all")
+    parser.add_argument(
+        "names", nargs="*", help="latency, hops, transport, memory, batching, alone, wait, capacity; none: all"
+    )
     options = parser.parse_args()
 
-    from tests.bench import alone, batching, declared, hops, latency, memory, models
+    from tests.bench import alone, batching, declared, hops, latency, memory, models, transport
     from tests.bench.harness import HEADER, Figure
 
     print(HEADER)
@@ -28,6 +30,7 @@ def main() -> None:
         benches = {
             "latency": lambda: latency.measure(root, options.rounds),
             "hops": lambda: hops.measure(Path(folder), options.rounds),
+            "transport": lambda: transport.measure(options.rounds),
             "memory": lambda: memory.measure(root, max(2, options.rounds // 3)),
             "batching": lambda: [
                 figure for side in (64, 128) for figure in batching.measure(root, models.NAME, side, options.rounds)
