@@ -7,10 +7,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
-from imagemesh_client import Client
+from imagemesh_client import Client, Control
 from imagemesh_runtime import arena, leases, tenancy
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.tensors import from_proto, to_proto
@@ -167,9 +168,21 @@ class Strict(arena.Mapping):
             super().__init__(descriptor, size)
 
 
-async def test_the_vaes_pictures_come_in_shared_memory_too(models: Path) -> None:
-    with running_mesh(models=str(models), backend="torch") as mesh, Client(mesh.grpc_address) as client:
-        image = client.generate("the red cat", scheduler="Euler a", steps=2, seed=3).images[0].to_pil()
-        told = moved(mesh.gateway.metrics)
-        vae = moved(mesh.services["vae"].metrics)
-    assert told["shm received"] == vae["shm sent"] == np.asarray(image).nbytes
+def test_a_controlled_picture_is_the_same_with_and_without_shared_memory(
+    models: Path, control_image: Image.Image
+) -> None:
+    pictures = []
+    for size in ("0", str(64 << 20)):
+        memory = {"shared_memory_bytes": size}
+        with (
+            running_mesh(memory, models=str(models), backend="torch", **memory) as mesh,
+            Client(mesh.grpc_address) as client,
+        ):
+            answer = client.generate("the red cat", steps=2, seed=3, controls=[Control(control_image)])
+            pictures.append(np.asarray(answer.images[0].to_pil()))
+            sampler, gateway = (moved(server.metrics) for server in (mesh.services["diffusion"], mesh.gateway))
+            vae, controlnet = (moved(mesh.services[name].metrics) for name in ("vae", "controlnet"))
+        assert sampler.get("shm received", 0) == controlnet.get("shm sent", 0)
+        assert gateway.get("shm received", 0) == vae.get("shm sent", 0) == (pictures[-1].nbytes if size != "0" else 0)
+        assert ("shm received" in sampler) != ("raw received" in sampler)
+    np.testing.assert_array_equal(*pictures)
