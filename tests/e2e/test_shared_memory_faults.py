@@ -68,11 +68,13 @@ async def test_a_thousand_sessions_leak_no_descriptor_mapping_or_thread() -> Non
 
         for number in range(20):  # until everything is there that is made once
             await session(number)
+        gc.collect()
         before = descriptors(), mappings(), threading.active_count()
         for number in range(SESSIONS):
             await session(number)
         (lease,) = sampler.leases
         await until(lambda: lease.arena.in_use == 0 and not lease._shelves)
+        gc.collect()
         assert (descriptors(), mappings(), threading.active_count()) == before
         assert moved(sampler.metrics)["shm received"] > 0
         assert lease.arena._touched < 1 << 20
