@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel, Run, SampleInputs
-from imagemesh_services.diffusion.checkpoint import Checkpoint, read_message, to_message
+from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel, SampleInputs
+from imagemesh_services.diffusion.checkpoint import read_message, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
 from tests.support.backends import load_first
+from tests.support.freezing import MODES, advance, every_mode, handed_over, undisturbed
 
 # Width of the prompts' embeddings that each backend's model wants.
 WIDTHS = {"torch": 32, "fake": 4}
@@ -36,51 +37,26 @@ def other(backend: str, models: Path) -> DiffusionModel:
 
 @pytest.fixture
 def inputs(backend: str) -> SampleInputs:
-    numbers = np.random.default_rng(0)
-    shape = (1, 5, WIDTHS[backend])
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    conditioning = {name: numbers.normal(size=shape).astype(np.float32) for name in names}
-    return SampleInputs(conditioning, 64, 64, 4, 3.0, None, (7, 8))
-
-
-def advance(model: DiffusionModel, run: Run, count: int) -> None:
-    for _ in range(count):
-        assert list(model.advance([run], [None])) == [None]
-
-
-def travel(checkpoint: Checkpoint, fingerprint: str) -> Checkpoint:
-    """As the other replica reads it off the wire."""
-    message = type(to_message(checkpoint, fingerprint)).FromString(
-        to_message(checkpoint, fingerprint).SerializeToString()
-    )
-    return read_message(message, fingerprint)
-
-
-def undisturbed(model: DiffusionModel, inputs: SampleInputs) -> np.ndarray:
-    run = model.start(inputs)
-    advance(model, run, run.evaluations)
-    return run.latents()
-
-
-def handed_over(model: DiffusionModel, other: DiffusionModel, inputs: SampleInputs, at: int) -> np.ndarray:
-    run = model.start(inputs)
-    advance(model, run, at)
-    frozen = travel(run.checkpoint(), model.fingerprint)
-    advance(model, run, run.evaluations - at)  # the checkpoint is no view of a run that goes on
-    successor = other.start(inputs)
-    successor.restore(frozen)
-    assert successor.steps_done() <= inputs.steps
-    advance(other, successor, successor.evaluations - at)
-    assert successor.steps_done() == inputs.steps
-    return successor.latents()
+    return every_mode(WIDTHS[backend])["text to image"]
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, None])
 def test_a_run_goes_on_from_every_kind_of_checkpoint_bit_by_bit(model, other, inputs, scheduler):
     inputs = dataclasses.replace(inputs, scheduler=find_scheduler(scheduler) if scheduler else None, steps=6)
+    _goes_on(model, other, inputs)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("scheduler", ["DPM++ 2M SDE Karras", "Heun", "PNDM", "DPM++ SDE"])
+def test_in_every_mode(model, other, backend, scheduler, mode):
+    inputs = every_mode(WIDTHS[backend])[mode]
+    _goes_on(model, other, dataclasses.replace(inputs, scheduler=find_scheduler(scheduler), steps=6))
+
+
+def _goes_on(model, other, inputs):
     wanted = undisturbed(model, inputs)
     evaluations = model.start(inputs).evaluations
-    for at in sorted({1, evaluations // 2, evaluations - 1}):
+    for at in sorted({0, 1, evaluations // 2, evaluations - 1}):
         np.testing.assert_array_equal(handed_over(model, other, inputs, at), wanted, err_msg=f"at {at}")
 
 

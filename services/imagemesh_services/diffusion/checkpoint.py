@@ -7,7 +7,7 @@ request. Values are JSON, tensors are tensors: nothing in it is ever unpickled o
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,13 @@ def to_message(checkpoint: Checkpoint, fingerprint: str) -> pb.SampleCheckpoint:
         state=json.dumps(checkpoint.state),
         tensors=map_to_proto(checkpoint.tensors),
     )
+
+
+def check_names(given: Iterable[str], allowed: Iterable[str], field: str) -> None:
+    """Raise InvalidArgument if a name is given that isn't allowed."""
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise InvalidArgument(field, unknown, f"an object of {', '.join(allowed) or 'nothing'} alone")
 
 
 def read_message(message: pb.SampleCheckpoint, fingerprint: str) -> Checkpoint:

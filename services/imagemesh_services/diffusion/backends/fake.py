@@ -21,7 +21,7 @@ from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs, Wants
-from imagemesh_services.diffusion.checkpoint import Checkpoint
+from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint, check_names
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import CFG, Guider
 from imagemesh_services.diffusion.phases import Phase, told_in
@@ -102,7 +102,8 @@ class FakeRun:
         return Checkpoint(self._done, tensors={"latents": self._latents.copy()})
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        check_range("resume_from.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
+        check_range(f"{FIELD}.evaluation", checkpoint.evaluation, 0, self.evaluations - 1)
+        check_names(checkpoint.state, (), f"{FIELD}.state")
         found = checkpoint.tensors.get("latents")
         if found is None or found.shape != self._latents.shape or found.dtype != self._latents.dtype:
             wanted = f"{self._latents.dtype} {list(self._latents.shape)}"

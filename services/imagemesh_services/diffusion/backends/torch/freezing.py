@@ -9,7 +9,7 @@ from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.tensors import require_finite
 from imagemesh_services.diffusion.backends.torch.object_state import Packer, Unpacker, changes, restore, snapshot
-from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
+from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint, check_names
 from imagemesh_services.torch_support import to_numpy
 
 # Elements that any tensor of a checkpoint may have: a generator's state has 5056, a training schedule 1000.
@@ -53,7 +53,9 @@ class Freezer:
         if found.shape != latents.shape:
             raise InvalidArgument(f"{FIELD}.tensors['latents'].shape", list(found.shape), str(list(latents.shape)))
         require_finite(checkpoint.tensors["latents"], f"{FIELD}.tensors['latents']")
-        for name, thing in self._watched().items():
+        watched = self._watched()
+        check_names(checkpoint.state, watched, f"{FIELD}.state")
+        for name, thing in watched.items():
             restore(thing, checkpoint.state.get(name, {}), unpacker, f"{FIELD}.state.{name}")
         for i, generator in enumerate(self._generators):
             path = f"{FIELD}.tensors['generator.{i}']"

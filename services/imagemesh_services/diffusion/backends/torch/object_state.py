@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import InvalidArgument, shorten
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.torch_support import to_numpy
 
@@ -25,6 +25,13 @@ _HISTORY: Final = {"ets": 3}
 _LATE: Final = frozenset(
     {"dt", "last_noise", "sample", "sigma_data", "this_corrector_order", "this_order", "this_predictor_order"}
 )
+# Of the attributes that a schedule begins with, those of these kinds change with its steps; tables and names don't.
+_CHANGING: Final = (bool, int, float, list, np.generic)
+# The element types that torch and numpy both have.
+_DTYPES: Final = frozenset({"float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"})
+# Of the tensors there are, an error names so many.
+_SHOWN: Final = 20
+_SCALARS: Final = ("float32", "float64", "int32", "int64", "bool")
 
 
 def snapshot(thing: object) -> dict[str, Any]:
@@ -99,11 +106,15 @@ class Packer:
 
 @dataclass(frozen=True)
 class Unpacker:
-    """The way back. Nothing that a client wrote is trusted: types, sizes and depth are all bounded."""
+    """The way back. Nothing that a client wrote is trusted: types, sizes and depth are all bounded.
+
+    A tensor is taken out once, so that what is made is never more than what was sent.
+    """
 
     tensors: dict[str, Array]
     device: torch.device
     max_elements: int
+    _taken: set[str] = field(default_factory=set)
 
     def unpack(self, packed: Any, path: str, depth: int = 0) -> Any:
         """The value.
@@ -127,15 +138,19 @@ class Unpacker:
 
     def array(self, name: Any, dtype: Any, path: str) -> Array:
         """The array of that name and element type."""
-        if not isinstance(name, str) or name not in self.tensors:
-            raise InvalidArgument(path, name, f"one of {', '.join(sorted(self.tensors)) or 'none'}")
+        left = sorted(set(self.tensors) - self._taken)
+        if not isinstance(name, str) or name not in left:
+            raise InvalidArgument(path, name, f"one of {', '.join(map(shorten, left[:_SHOWN])) or 'none'}, each once")
         found = self.tensors[name]
         if dtype == "float64" and found.dtype == np.int64:
             found = found.view(np.float64)
         if found.dtype.name != dtype:
             raise InvalidArgument(f"{path}.dtype", dtype, found.dtype.name)
+        if dtype not in _DTYPES:
+            raise InvalidArgument(f"{path}.dtype", dtype, ", ".join(sorted(_DTYPES)))
         if found.size > self.max_elements:
             raise InvalidArgument(f"{path}.shape", list(found.shape), f"at most {self.max_elements} elements")
+        self._taken.add(name)
         return found
 
     def _tensor(self, packed: dict[str, Any], path: str) -> torch.Tensor:
@@ -149,21 +164,38 @@ class Unpacker:
 
     def _scalar(self, packed: dict[str, Any], path: str) -> Any:
         value, name = packed.get("value"), packed["scalar"]
-        if name not in ("float32", "float64", "int32", "int64", "bool") or not isinstance(value, bool | int | float):
+        if name not in _SCALARS or not isinstance(value, bool | int | float):
             raise InvalidArgument(path, packed, "a numpy scalar")
-        return np.dtype(name).type(value)
+        try:
+            return np.dtype(name).type(value)
+        except (OverflowError, ValueError) as error:
+            raise InvalidArgument(path, packed, f"a number that {name} holds") from error
 
 
 def restore(thing: object, packed: Any, unpacker: Unpacker, path: str) -> None:
     """Give ``thing`` the attributes that ``Packer`` wrote of its twin.
 
     Raises:
-        InvalidArgument: one is not an attribute that this kind of object has, or its value is none.
+        InvalidArgument: one is not an attribute that changes with the steps of such an object, or its value is none.
     """
     if not isinstance(packed, dict):
         raise InvalidArgument(path, packed, "an object")
     allowed = snapshot(thing)
     for name, value in packed.items():
         if name not in allowed and name not in _LATE:
-            raise InvalidArgument(f"{path}.{name}", value, f"one of {', '.join(sorted(allowed))}")
-        setattr(thing, name, unpacker.unpack(value, f"{path}.{name}"))
+            raise InvalidArgument(path, name, f"of attributes among {', '.join(sorted(allowed))}")
+        field_path = f"{path}.{name}"
+        unpacked = unpacker.unpack(value, field_path)
+        _check_kind(allowed.get(name), unpacked, field_path)
+        setattr(thing, name, unpacked)
+
+
+def _check_kind(began: Any, value: Any, path: str) -> None:
+    """Whether what began as ``began`` may have become ``value``; what began as None may be anything by now."""
+    if began is None:
+        return
+    if not isinstance(began, _CHANGING):
+        raise InvalidArgument(path, value, f"left out: a {type(began).__name__} that the request sets")
+    kinds = (int, float, np.generic) if isinstance(began, float | np.generic) else (type(began),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(began, bool)):
+        raise InvalidArgument(path, value, f"of type {type(began).__name__}")
