@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
@@ -12,7 +13,7 @@ from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import MeshError
+from imagemesh_runtime.errors import MeshError, RemoteError
 from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -21,21 +22,43 @@ log = logging.getLogger(__name__)
 MAX_MOVES: Final = 2
 
 
+@dataclass
+class _Journey:
+    """Where a request has been.
+
+    Only a replica that broke down while the request ran there may be the request's doing: not one that handed it back,
+    nor one that died, by another's doing perhaps, while it waited there.
+    """
+
+    gone: list[Peer] = field(default_factory=list)
+    deaths: int = 0
+    running: bool = False
+
+    def note(self, peer: Peer, error: MeshError) -> None:
+        """The replica went away with this error."""
+        self.gone.append(peer)
+        self.deaths += self.running and not isinstance(error, RemoteError)
+
+    def may_move(self, peers: int) -> bool:
+        """Whether there is another attempt, after ``note``; ``peers``: how many replicas there are."""
+        return peers > 1 and self.deaths <= MAX_MOVES and len(self.gone) < peers + MAX_MOVES
+
+
 async def sample(
     replicas: Replicas, request: pb.SampleRequest, hop: Hop, metrics: Metrics, checkpoint_every: int
 ) -> AsyncGenerator[pb.SampleResponse, None]:
-    """The events of ``Sample`` until its result, without the checkpoints, which are kept here.
+    """The events of ``Sample`` until its result, without what is for here: the checkpoints are kept.
 
     Raises:
         MeshError: the request's own fault, or the replicas went away once too often.
     """
     request.checkpoint_every = checkpoint_every if len(replicas.peers) > 1 else 0
-    gone: list[Peer] = []
+    journey = _Journey()
     while True:
-        peer = replicas.pick(avoid=gone)
+        peer = replicas.pick(avoid=journey.gone)
         try:
             with replicas.work_on(peer):
-                async with aclosing(_follow(peer, request, hop)) as responses:
+                async with aclosing(_follow(peer, request, hop, journey)) as responses:
                     async for response in responses:
                         yield response
                 return
@@ -44,26 +67,33 @@ async def sample(
                 log.warning("%s can't go on from the checkpoint; the generation starts again: %s", peer.address, error)
                 request.ClearField("resume_from")
                 continue
-            if not _is_lost(error) or len(gone) == MAX_MOVES or len(replicas.peers) == 1:
+            if not _is_lost(error):
+                raise
+            journey.note(peer, error)
+            if not journey.may_move(len(replicas.peers)):
                 raise
             replicas.note_failure(peer)
-            gone.append(peer)
-            request.alone = len(gone) == MAX_MOVES
+            request.alone = journey.deaths == MAX_MOVES
             metrics.moved.inc()
             done = request.resume_from.evaluation
             log.warning("diffusion at %s went away; going on from evaluation %d elsewhere", peer.address, done)
 
 
-async def _follow(peer: Peer, request: pb.SampleRequest, hop: Hop) -> AsyncGenerator[pb.SampleResponse, None]:
+async def _follow(
+    peer: Peer, request: pb.SampleRequest, hop: Hop, journey: _Journey
+) -> AsyncGenerator[pb.SampleResponse, None]:
     """One replica's events; the request is kept ready to go on from the last checkpoint."""
     stub = rpc.DiffusionServiceStub(peer.channel)
     asked = pb.SampleRequest()
     asked.CopyFrom(request)
+    journey.running = False
     async with aclosing(peer.stream(stub.Sample, asked, hop)) as responses:
         async for response in responses:
-            if response.HasField("checkpoint"):
+            kind = response.WhichOneof("event")
+            journey.running |= kind != "queued"
+            if kind == "checkpoint":
                 request.resume_from.CopyFrom(response.checkpoint)
-            else:
+            elif kind != "started":
                 yield response
 
 

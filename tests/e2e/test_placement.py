@@ -20,6 +20,10 @@ Behaviour = Callable[[pb.SampleRequest], AsyncIterator[pb.SampleResponse]]
 CHECKPOINT = pb.SampleCheckpoint(evaluation=3, fingerprint="f")
 
 
+class Died(Exception):
+    """The process is gone: nobody is left to say what happened."""
+
+
 class Sampler(rpc.DiffusionServiceServicer):
     """Behaves as told, and remembers what it was asked."""
 
@@ -29,8 +33,11 @@ class Sampler(rpc.DiffusionServiceServicer):
 
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
         self.asked.append(request)
-        async for response in self.behaviour(request):
-            yield response
+        try:
+            async for response in self.behaviour(request):
+                yield response
+        except Died:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
 
 async def finishes(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
@@ -38,6 +45,25 @@ async def finishes(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse
 
 
 async def dies(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(queued=pb.SampleQueued())
+    yield pb.SampleResponse(started=pb.SampleStarted())
+    yield pb.SampleResponse(checkpoint=CHECKPOINT)
+    raise Died
+
+
+async def dies_at_once(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(queued=pb.SampleQueued())
+    yield pb.SampleResponse(started=pb.SampleStarted())
+    raise Died
+
+
+async def dies_of_another(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(queued=pb.SampleQueued(position=1))
+    raise Died
+
+
+async def hands_back(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(started=pb.SampleStarted())
     yield pb.SampleResponse(checkpoint=CHECKPOINT)
     raise Unavailable("diffusion", "is going away")
 
@@ -89,8 +115,9 @@ async def test_a_generation_goes_on_from_the_last_checkpoint_elsewhere() -> None
         assert moved == len(asked)
 
 
-async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone() -> None:
-    async with fleet(dies, dies, dies, dies) as (samplers, replicas):
+@pytest.mark.parametrize("dying", [dies, dies_at_once])
+async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone(dying: Behaviour) -> None:
+    async with fleet(*[dying] * 5) as (samplers, replicas):
         with pytest.raises(MeshError) as caught:
             await run(replicas)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
@@ -98,6 +125,26 @@ async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone(
         assert len(asked) == MAX_MOVES + 1
         assert max(len(sampler.asked) for sampler in samplers) == 1  # never twice at one
         assert sorted(one.alone for one in asked) == [False, False, True]
+
+
+@pytest.mark.parametrize("innocent", [dies_of_another, hands_back])
+async def test_one_that_cannot_have_killed_its_replicas_goes_on_until_one_stays(innocent: Behaviour) -> None:
+    async with fleet(*[innocent] * 4, finishes) as (samplers, replicas):
+        for peer in replicas.peers[4:]:
+            replicas.note_failure(peer)  # so that it comes last
+        assert (await run(replicas)).evaluations == (3 if innocent is hands_back else 0)
+        asked = [one for sampler in samplers for one in sampler.asked]
+        assert len(asked) == 5
+        assert not any(one.alone for one in asked)
+
+
+@pytest.mark.parametrize("innocent", [dies_of_another, hands_back])
+async def test_where_every_replica_is_gone_the_caller_is_told(innocent: Behaviour) -> None:
+    async with fleet(innocent, innocent) as (samplers, replicas):
+        with pytest.raises(MeshError) as caught:
+            await run(replicas)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert sum(len(sampler.asked) for sampler in samplers) == 2 + MAX_MOVES
 
 
 async def test_a_replica_of_another_build_starts_the_generation_again() -> None:

@@ -16,12 +16,12 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel, FakeRun
 from imagemesh_services.diffusion.engine import Engine
-from imagemesh_services.diffusion.generation import Finished, Progress, Queued
+from imagemesh_services.diffusion.generation import Finished, Frozen, Progress, Queued, Terms
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 
 CROWD: Sequence[dict[str, Any]] = (
-    {"prompt": "the cat", "scheduler": "DDIM", "steps": 12, "guidance": 3.0, "seed": 12},
+    {"prompt": "the cat", "scheduler": "DDIM", "steps": 12, "guidance": 2.0, "seed": 12},
     {"prompt": "a dog", "scheduler": "Euler a", "steps": 9, "guidance": 7.5, "seed": 2},
     {"prompt": "the red cat", "scheduler": "DPM++ 2M Karras", "steps": 15, "guidance": 5.0, "seed": 3},
     {"prompt": "a", "scheduler": "Heun", "steps": 7, "guidance": 9.0, "seed": 4},
@@ -180,6 +180,28 @@ async def test_who_leaves_takes_nobody_along(engine: Engine) -> None:
     assert (await staying).evaluations == 10
     alone = await finish(engine, Counting(), inputs(steps=10, seed=2))
     assert np.array_equal((await staying).latents, alone.latents)
+
+
+async def test_nothing_is_done_beyond_a_checkpoint_that_was_not_taken(engine: Engine) -> None:
+    model = Counting()
+    run = engine.sample(model, inputs(steps=6), None, Terms(every=2))
+    while not isinstance(await anext(run), Frozen):
+        pass
+    await finish(engine, Counting(), inputs(steps=50, seed=2))  # the engine is free for others meanwhile
+    assert len(model.forwards) == 2
+    assert isinstance([event async for event in run][-1], Finished)
+    assert len(model.forwards) == 6
+
+
+async def test_those_who_share_a_forward_still_do_after_their_checkpoints(engine: Engine) -> None:
+    model = Counting()
+
+    async def taken(seed: int) -> None:
+        async for _ in engine.sample(model, inputs(steps=12, seed=seed), None, Terms(every=2)):
+            pass
+
+    await asyncio.gather(*(taken(seed) for seed in range(8)))
+    assert model.forwards == [8] * 12
 
 
 async def test_closing_tells_who_is_still_there(engine: Engine) -> None:

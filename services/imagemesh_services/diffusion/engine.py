@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from imagemesh_runtime.context import CallContext, set_current_call
@@ -22,12 +22,14 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
 from imagemesh_services.diffusion.control import Told
 from imagemesh_services.diffusion.generation import (
+    SENDING_SECONDS,
     Event,
     Finished,
     Frozen,
     Generation,
     OpenControl,
     Queued,
+    Started,
     Terms,
 )
 from imagemesh_services.diffusion.limits import NOTHING, Limits
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # A deadline is taken to be missed only beyond this much of what is left to it: estimates err.
 _SURE = 1.25
+# How long those of a forward wait for one another's checkpoints to leave, a millisecond each on a quiet machine.
+_TOGETHER_SECONDS = 0.05
 # For a refusal before anything was measured.
 _UNKNOWN_RETRY = 1.0
 
@@ -83,8 +87,9 @@ class Engine:
         open_control: OpenControl | None = None,
         terms: Terms | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Run one generation and tell how it goes: ``Queued``, then ``Progress`` and ``Frozen``, last ``Finished``.
+        """Run one generation and tell how it goes.
 
+        ``Queued``, ``Started`` where it can go on elsewhere, then ``Progress`` and ``Frozen``, last ``Finished``.
         Leaving the iterator takes the generation out before its next evaluation.
 
         Raises:
@@ -102,6 +107,9 @@ class Engine:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
+                if isinstance(event, Frozen):  # it is sent, now that the caller asks for more
+                    generation.frozen_at = None
+                    self._changed.set()
                 if isinstance(event, Finished):
                     return
         finally:
@@ -184,12 +192,28 @@ class Engine:
                     await self._tick(batch)
                 elif self._active:
                     self._tell_backlog()
-                    await self._changed.wait()
+                    await self._wait()
             self._tell_backlog()
         except Exception as error:
             # Not a request's fault but the engine's own: nobody is left to wait for ever.
             log.exception("the engine failed; every generation here ends")
             self._end_all(error)
+
+    async def _wait(self) -> None:
+        """Until there may be something to do."""
+        sending = any(one.sending for one in self._active)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SENDING_SECONDS if sending else None):
+                await self._changed.wait()
+
+    async def _send(self, batch: Sequence[Generation]) -> None:
+        """Give the checkpoints of this tick a moment to leave, so that who shared a forward shares the next one too."""
+        until = perf_counter() + _TOGETHER_SECONDS
+        while any(one.sending and not one.gone for one in batch) and perf_counter() < until:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TOGETHER_SECONDS):
+                    await self._changed.wait()
 
     def _drop_gone(self) -> None:
         self._waiting = deque(one for one in self._waiting if not one.gone)
@@ -230,13 +254,15 @@ class Engine:
             waited = perf_counter() - generation.since
             self._metrics.queue_wait.observe(waited)
             generation.call.queue_seconds += waited
+            if generation.terms.every:
+                generation.events.put_nowait(Started())
             try:
                 with self._charging(generation):
                     generation.run = await self._lane.run(generation.begin)
                     steps = generation.inputs.steps_to_do
                     self._pace.note_evaluations(generation.scheduler, steps, generation.run.evaluations)
             except Exception as error:
-                self._end(generation, error)
+                self._end(generation, generation.blame(error))
                 continue
             if generation.open_control is not None:
                 generation.wanted.set()
@@ -266,6 +292,7 @@ class Engine:
                     self._tell(batch, tick)
         finally:
             ticks.abandon()
+        await self._send(batch)
 
     def _tell(self, batch: Sequence[Generation], tick: Tick) -> None:
         """Note what the tick took, and tell what became of each."""
@@ -283,6 +310,8 @@ class Engine:
                 continue
             for event in outcome.events:
                 generation.events.put_nowait(event)
+            if outcome.freezes:
+                generation.frozen_at = perf_counter()
             generation.wanted.set()
             if outcome.fault is not None:
                 generation.events.put_nowait(outcome.fault)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from imagemesh_runtime.context import CallContext, current_call
-from imagemesh_runtime.errors import InvalidArgument, MeshError
+from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFinite, shorten
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
@@ -24,6 +24,11 @@ class Queued:
     """The generation has its place; ``position`` others wait ahead of it."""
 
     position: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The generation has left the queue; told to those who can go on elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,15 @@ class Finished:
     control_backends: Sequence[str]
 
 
-Event = Queued | Progress | Frozen | Finished
+Event = Queued | Started | Progress | Frozen | Finished
 
 
 # Seconds that a generation may be overtaken for, by the names of the contract's priorities.
 PATIENCE = {"interactive": 0.0, "normal": 30.0, "batch": 300.0}
+
+
+# How long a caller may take to take a checkpoint before its generation goes on without.
+SENDING_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,23 @@ class Generation:
     told: int = 0
     last_tick: int = 0
     gone: bool = False
+    # When the checkpoint was made that is on its way to the caller.
+    frozen_at: float | None = None
 
     @property
     def runnable(self) -> bool:
-        """Whether nothing is missing for the next evaluation."""
-        return not self.gone and self.run is not None and (self.open_control is None or self.residuals is not None)
+        """Whether nothing is missing for the next evaluation, and no checkpoint to be sent before it."""
+        steered = self.open_control is None or self.residuals is not None
+        return not self.gone and self.run is not None and steered and not self.sending
+
+    @property
+    def sending(self) -> bool:
+        """Whether a checkpoint is on its way.
+
+        The next evaluation waits for it, so that a replica never takes more along than the evaluations between two; but
+        it doesn't wait for ever for a caller who doesn't listen.
+        """
+        return self.frozen_at is not None and perf_counter() - self.frozen_at < SENDING_SECONDS
 
     @property
     def started(self) -> Run:
@@ -171,11 +192,15 @@ class Generation:
         return run
 
     def blame(self, fault: Exception) -> Exception:
-        """The fault of the first evaluation after a checkpoint is the checkpoint's: the scheduler can't go on so."""
-        resumed = self.terms.resume_from
-        if resumed is None or self.evaluated != resumed.evaluation + 1 or isinstance(fault, MeshError):
+        """What goes wrong unforeseen, or not finite, after a checkpoint is the checkpoint's fault.
+
+        Nobody can tell a sound one from one that only looks so. Whoever gave it begins anew without it, and hears of
+        the fault then if it is another's.
+        """
+        foreseen = isinstance(fault, MeshError) and not isinstance(fault, NotFinite)
+        if self.terms.resume_from is None or foreseen:
             return fault
-        return InvalidArgument(FIELD, "a checkpoint that its scheduler can't go on from", f"a sound one ({fault})")
+        return InvalidArgument(FIELD, "a checkpoint that can't be gone on from", f"a sound one ({shorten(str(fault))})")
 
     def finished(self, latents: Array) -> Finished:
         """The last event."""

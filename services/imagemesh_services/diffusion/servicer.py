@@ -19,7 +19,7 @@ from imagemesh_services.diffusion.checkpoint import request_digest, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.control import Control, open_control
 from imagemesh_services.diffusion.engine import Engine
-from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued
+from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued, Started
 from imagemesh_services.diffusion.guiders import GUIDERS
 from imagemesh_services.diffusion.knees import rows_on_file
 from imagemesh_services.diffusion.requests import read_inputs, read_terms
@@ -104,6 +104,8 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
     def _response(self, event: Event, steps: int, fingerprint: str) -> pb.SampleResponse:
         if isinstance(event, Queued):
             return pb.SampleResponse(queued=pb.SampleQueued(position=event.position))
+        if isinstance(event, Started):
+            return pb.SampleResponse(started=pb.SampleStarted())
         if isinstance(event, Progress):
             preview = None if event.preview is None else to_proto(event.preview)
             return pb.SampleResponse(progress=pb.SampleProgress(step=event.step, steps=steps, preview=preview))

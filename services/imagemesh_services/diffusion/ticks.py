@@ -32,6 +32,11 @@ class Outcome:
         """Whether the generation ends with it."""
         return self.fault is not None or any(isinstance(event, Finished) for event in self.events)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether there is a checkpoint to be sent before the generation goes on."""
+        return any(isinstance(event, Frozen) for event in self.events)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -116,7 +121,7 @@ class Ticks:
             self._loop.call_soon_threadsafe(self._over.put_nowait, tick)
 
     def _goes_on(self, outcomes: Sequence[Outcome]) -> bool:
-        if self._halted or self._begun > self._told + 1 or any(one.last for one in outcomes):
+        if self._halted or self._begun > self._told + 1 or any(one.last or one.freezes for one in outcomes):
             return False
         if len({one.started.key for one in self.batch}) > 1:  # what they ask of the model may change at a step
             return False
@@ -168,5 +173,5 @@ def _outcome(generation: Generation, fault: Exception | None) -> Outcome:
         if generation.done:
             events.append(generation.finished(run.latents()))
     except Exception as error:
-        fault = error
+        fault = generation.blame(error)
     return Outcome(events, fault, perf_counter() - begun)

@@ -330,6 +330,7 @@ class SampleResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___SampleQueued: ...
     @_builtins.property
@@ -338,6 +339,8 @@ class SampleResponse(_message.Message):
     def result(self) -> Global___SampleResult: ...
     @_builtins.property
     def checkpoint(self) -> Global___SampleCheckpoint: ...
+    @_builtins.property
+    def started(self) -> Global___SampleStarted: ...
     def __init__(
         self,
         *,
@@ -345,12 +348,13 @@ class SampleResponse(_message.Message):
         progress: Global___SampleProgress | None = ...,
         result: Global___SampleResult | None = ...,
         checkpoint: Global___SampleCheckpoint | None = ...,
+        started: Global___SampleStarted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "queued", b"queued", "result", b"result", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "progress", "result", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "progress", "result", "checkpoint", "started"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -375,6 +379,25 @@ class SampleQueued(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleQueued: _TypeAlias = SampleQueued  # noqa: Y015
+
+@_typing.final
+class SampleStarted(_message.Message):
+    """The request has left the queue, and what happens to the replica from now on may be its doing. Told where checkpoints
+    are asked for.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleStarted: _TypeAlias = SampleStarted  # noqa: Y015
 
 @_typing.final
 class SampleProgress(_message.Message):
