@@ -39,8 +39,11 @@ class GatewayConfig(ServerConfig):
     catalogue_ttl_seconds: float = 10.0
     # Where jobs and their pictures are kept; empty: in a folder of the user's state.
     jobs_folder: str = ""
-    # Jobs that are run at a time; the services batch what fits together.
-    max_running_jobs: int = 4
+    # Jobs in work at a time, at most.
+    max_running_jobs: int = 256
+    # Of these, how many for each diffusion replica may be without a first step, in its queue or being encoded: about a
+    # batch. When one begins, the next is taken from the store, so that as many run as the samplers let in.
+    max_starting_jobs: int = 8
     # Jobs that may wait; one more is refused with a time to come back.
     max_queued_jobs: int = 1000
     # How long a finished job and its pictures are kept, and how long one may ask for.

@@ -16,6 +16,8 @@ class Running:
 
     record: Record
     progress: pb.JobProgress = field(default_factory=pb.JobProgress)
+    # A sampler has done a first step for it.
+    begun: bool = False
     task: asyncio.Task[None] | None = None
 
 

@@ -32,13 +32,20 @@ _IDLE_SECONDS = 60.0
 
 
 class Runner:
-    """The only one in this process to claim jobs."""
+    """The only one in this process to claim jobs.
 
-    def __init__(self, store: StoreThread, board: Board, generate: Generate, at_a_time: int) -> None:
+    Args:
+        at_a_time: most jobs in work.
+        starting: most of them of which nothing is sampled yet; the others wait in the store, where they can be put in
+            order, cancelled and found again after a crash.
+    """
+
+    def __init__(self, store: StoreThread, board: Board, generate: Generate, at_a_time: int, starting: int) -> None:
         self._store = store
         self._board = board
         self._generate = generate
         self._at_a_time = at_a_time
+        self._starting = starting
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -67,7 +74,7 @@ class Runner:
             self._wake.clear()
             try:
                 await self._tidy()
-                while len(self._board.running) < self._at_a_time:
+                while self._has_room():
                     record = await self._store(lambda store: store.claim(time.time()))
                     if record is None:
                         break
@@ -77,10 +84,14 @@ class Runner:
                 log.exception("the store of jobs failed; trying again")
                 at = time.time() + _RETRY_SECONDS
             pause = _IDLE_SECONDS if at is None else min(max(at - time.time(), 0.01), _IDLE_SECONDS)
-            if len(self._board.running) >= self._at_a_time:
+            if not self._has_room():
                 pause = max(pause, _RETRY_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
+
+    def _has_room(self) -> bool:
+        running = self._board.running.values()
+        return len(running) < self._at_a_time and sum(not one.begun for one in running) < self._starting
 
     async def _tidy(self) -> None:
         """Fail what waited too long, forget what was kept long enough, and put back what a full disk left behind."""
@@ -137,6 +148,9 @@ class Runner:
                     told = event.progress
                     running.progress = pb.JobProgress(step=told.step, steps=told.steps, previews=told.previews)
                     self._board.tell(record.id)
+                    if not running.begun:
+                        running.begun = True
+                        self.wake()
         raise Unavailable("gateway", "ended the generation without a result")
 
     async def _retry_or_fail(self, record: Record, error: MeshError) -> None:

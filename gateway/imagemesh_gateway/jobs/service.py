@@ -47,7 +47,8 @@ class Jobs:
         self._metrics = metrics
         self._store = StoreThread()
         self._board = Board()
-        self._runner = Runner(self._store, self._board, self._generate, config.max_running_jobs)
+        starting = config.max_starting_jobs * len(mesh.diffusion.peers)
+        self._runner = Runner(self._store, self._board, self._generate, config.max_running_jobs, starting)
         self._passing: TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
