@@ -1,113 +1,95 @@
-"""Two diffusion replicas: when one is killed or stopped, its generations go on at the other.
+"""Diffusion replicas as processes: when one is killed, stopped or taken down, its generations go on at another.
 
-Nothing shares a forward here: what does differs by 1e-6 from what does not, and a model of random weights can make that
-several steps of a pixel, in undisturbed runs as well.
+What was done where is read from a record that outlives the processes: a line for every evaluation.
 """
 
 import asyncio
-import contextlib
-import os
-import signal
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
-from imagemesh_client import AsyncClient, Progress
-from tests.support.mesh import running_mesh
-from tests.support.processes import Process, start
+from imagemesh_client import AsyncClient, MeshError
+from tests.support.fleet import Fleet, fleet, gateway_before
+from tests.support.migration import EVERY, Round, together
+from tests.support.reference import worst
+from tests.support.tampered import DEADLY, EXIT_CODE, repeated
 
 SCHEDULERS = ("DDIM", "Euler a", "DPM++ 2M Karras", "DPM++ SDE", "Heun", "PNDM", "UniPC", "LCM")
-STEPS, EVERY = 16, 3
 
 
-@contextmanager
-def replicas(models: Path, folder: Path) -> Iterator[list[Process]]:
-    """Two diffusion services, each a process of its own."""
-    settings = {
-        "IMAGEMESH_MODELS": str(models), "IMAGEMESH_METRICS_LISTEN": "127.0.0.1:0",
-        "IMAGEMESH_ADMIN_LISTEN": "127.0.0.1:0", "IMAGEMESH_BACKEND": "torch", "IMAGEMESH_THREADS": "1",
-        "IMAGEMESH_MAX_BATCH": "1",
-    }  # fmt: skip
-    with ExitStack() as stack:
-        found = [stack.enter_context(start("diffusion", f"unix:{folder}/{i}.sock", settings)) for i in range(2)]
-        for process in found:
-            process.wait_ready()
-        yield found
+@pytest.fixture(scope="module")
+def pair(models: Path) -> Iterator[tuple[Fleet, str]]:
+    """Two replicas in which nothing shares a forward, so that every picture is its own to the bit."""
+    with fleet("torch", models) as found, gateway_before(found, "torch", models, EVERY) as address:
+        yield found, address
 
 
-@contextmanager
-def gateway_before(found: list[Process], models: Path) -> Iterator[str]:
-    """The rest of the mesh; answers the gateway's address."""
-    gateway = {"diffusion": ",".join(one.address for one in found), "checkpoint_every": str(EVERY)}
-    with running_mesh(gateway, without=["diffusion"], backend="torch", models=str(models), max_batch="1") as mesh:
-        yield mesh.grpc_address
+@pytest.fixture(scope="module")
+def undisturbed(pair: tuple[Fleet, str]) -> Round:
+    return asyncio.run(together(pair[1], SCHEDULERS))
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A path short enough for Unix sockets."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
+async def test_a_killed_replicas_generations_end_at_the_other_byte_by_byte(
+    pair: tuple[Fleet, str], undisturbed: Round
+) -> None:
+    found, address = pair
+    found.restart()
+    found.record.read()
+    victim = found.replicas[0].process
+    made = await together(address, SCHEDULERS, victim.kill)
+    assert victim.wait(timeout=30) < 0
+    np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
+    done = found.record.read()
+    assert max(repeated(done).values()) <= EVERY, repeated(done)
+    assert len({process for process, _, _ in done}) == 2  # the killed one had work
 
 
-async def follow(client: AsyncClient, seed: int, scheduler: str, steps_seen: list[int], at_step: Any) -> np.ndarray:
-    """Generate, tell of each step, and return the pixels."""
-    result: Any = None
-    stream = client.stream(
-        "the red cat", seed=seed, scheduler=scheduler, steps=STEPS, guidance=3.0, width=64, height=64
-    )
-    async with contextlib.aclosing(stream) as events:
-        async for event in events:
-            if isinstance(event, Progress):
-                steps_seen.append(event.step)
-                at_step(event.step)
-            result = event
-    return np.asarray(result.generation.images[0].to_pil())
+async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(
+    pair: tuple[Fleet, str], undisturbed: Round
+) -> None:
+    found, address = pair
+    found.restart()
+    found.record.read()
+    victim, survivor = found.replicas[0].process, found.replicas[1].process
+    before = found.metric(1, "imagemesh_step_seconds_count")
+    made = await together(address, SCHEDULERS, victim.terminate)
+    assert victim.wait(timeout=60) == 0
+    np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
+    assert made.steps == undisturbed.steps
+    done = found.record.read()
+    assert set(repeated(done).values()) == {0}
+    assert len({process for process, _, _ in done}) == 2  # the stopped one had work
+    # The record says what the metrics say, of the replica that still has some.
+    counted = found.metric(1, "imagemesh_step_seconds_count") - before
+    assert counted == sum(process == survivor.pid for process, _, _ in done)
 
 
-async def eight(address: str, at_step: Any = lambda step: None) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Eight generations at once, each with another scheduler, and the steps that each was told of."""
-    seen: list[list[int]] = [[] for _ in SCHEDULERS]
-    async with AsyncClient(address) as client:
-        made = await asyncio.gather(*(follow(client, i, name, seen[i], at_step) for i, name in enumerate(SCHEDULERS)))
-    return list(made), seen
+async def test_in_shared_forwards_the_pictures_are_the_same_but_for_a_two_hundred_and_fifty_fifth(
+    models: Path, undisturbed: Round
+) -> None:
+    with fleet("torch", models, max_batch=16) as found, gateway_before(found, "torch", models, EVERY) as address:
+        victim = found.replicas[0].process
+        made = await together(address, SCHEDULERS, victim.kill)
+        assert victim.wait(timeout=30) < 0
+        assert max(repeated(found.record.read()).values()) <= EVERY
+    assert worst(made.pictures, undisturbed.pictures) <= 1
 
 
-def once_at(step: int, act: Any) -> Any:
-    """Calls ``act`` when the first generation gets to this step."""
-    waiting = [act]
-
-    def at_step(now: int) -> None:
-        if now >= step and waiting:
-            waiting.pop()()
-
-    return at_step
-
-
-async def test_a_killed_replicas_generations_end_at_the_other_byte_by_byte(models: Path, folder: Path) -> None:
-    with replicas(models, folder) as found, gateway_before(found, models) as address:
-        wanted, undisturbed = await eight(address)
-        victim = found[0].process
-        made, seen = await eight(address, once_at(STEPS // 2, lambda: os.kill(victim.pid, signal.SIGKILL)))
-        assert victim.wait(timeout=10) == -signal.SIGKILL
-    for ours, theirs in zip(made, wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    for steps, evaluations in zip(seen, undisturbed, strict=True):
-        assert 0 <= len(steps) - len(evaluations) <= EVERY, steps  # an event tells of each evaluation
-    assert seen != undisturbed  # the killed one had work
-
-
-async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(models: Path, folder: Path) -> None:
-    with replicas(models, folder) as found, gateway_before(found, models) as address:
-        wanted, undisturbed = await eight(address)
-        victim = found[0].process
-        made, seen = await eight(address, once_at(STEPS // 2, victim.terminate))
-        assert victim.wait(timeout=30) == 0
-    for ours, theirs in zip(made, wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert seen == undisturbed  # an event tells of each evaluation
+async def test_one_that_takes_its_replicas_down_is_stopped_and_its_neighbours_end_well(models: Path) -> None:
+    count = 4
+    with fleet("fake", models, count, max_batch=16) as found:
+        with gateway_before(found, "fake", models, EVERY) as address:
+            async with AsyncClient(address) as client:
+                works = [client.generate("x", seed=seed, steps=60, guidance=1.0) for seed in (*range(7), DEADLY)]
+                *neighbours, deadly = await asyncio.gather(*works, return_exceptions=True)
+            assert isinstance(deadly, MeshError)
+            assert deadly.code is grpc.StatusCode.UNAVAILABLE
+            assert [one for one in neighbours if isinstance(one, BaseException)] == []
+            ended = [replica.process.poll() for replica in found.replicas]
+        done = found.record.read()
+    assert sorted(map(str, ended)) == sorted([str(EXIT_CODE)] * 3 + ["None"])  # two re-placements, and no more
+    twice = repeated([one for one in done if one[1] != DEADLY])
+    assert max(twice.values()) <= 3 * EVERY, twice

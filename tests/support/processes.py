@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVICES = ("controlnet", "text-encoder", "diffusion", "vae", "vit", "gateway")
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Process:
 
 
 @contextmanager
-def start(name: str, address: str, env: Mapping[str, str]) -> Iterator[Process]:
+def start(name: str, address: str, env: Mapping[str, str], module: str = "imagemesh_cli.main") -> Iterator[Process]:
     """Start one service; it is asked to stop at the end, and must."""
-    command = [sys.executable, "-m", "imagemesh_cli.main", "serve", name, "--listen", address]
+    command = [sys.executable, "-m", module, "serve", name, "--listen", address]
     process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env})
     try:
         yield Process(name, address, process)
     finally:
         process.terminate()
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
