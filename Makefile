@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install dev demo run test lint format protos bench train-demo eval-demo wheel clean
+.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
@@ -31,7 +31,10 @@ run: install ## run the whole mesh in one process (imagemesh up)
 	$(BIN)/imagemesh up
 
 test: dev ## all tests
-	$(BIN)/python -m pytest tests --ignore=tests/bench
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/full
+
+test-full: test ## all tests, then the long campaigns (25 minutes more), with a report in docs/reports/
+	$(BIN)/python -m tests.full
 
 lint: dev $(BUF) ## ruff, mypy, import-linter, buf, file and function sizes
 	$(BIN)/ruff check .

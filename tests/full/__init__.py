@@ -1,0 +1,1 @@
+"""The long campaigns, which ``make test-full`` adds: see ``__main__``."""
