@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 
@@ -25,17 +26,25 @@ def up(args: Namespace) -> int:
 
 async def _up(host: MeshHost, as_json: bool) -> None:
     told = _stop_signal(host.abandon)
+    if sys.stderr.isatty():
+        print("imagemesh starts: it loads its libraries, which takes some seconds", file=sys.stderr, flush=True)
     async with host:
-        metrics = {name: server.metrics_http.address for name, server in host.services.items()}
-        metrics["gateway"] = host.gateway.metrics_http.address
+        servers = {**host.services, "gateway": host.gateway}
+        metrics = {name: server.metrics_http.address for name, server in servers.items()}
+        admin = {name: server.admin_http.address for name, server in servers.items()}
         if as_json:
-            print(json.dumps({"grpc": host.grpc_address, "http": host.http_address, "metrics": metrics}), flush=True)
+            addresses = {"grpc": host.grpc_address, "http": host.http_address, "metrics": metrics, "admin": admin}
+            print(json.dumps(addresses), flush=True)
         else:
             print(f"imagemesh is up\n  gRPC     {host.grpc_address}\n  HTTP     http://{host.http_address}")
             for name, address in metrics.items():
                 print(f"  metrics  http://{address}/metrics  {name}")
+            for name, address in admin.items():
+                print(f"  admin    http://{address}/drain  {name}")
             print("Ctrl-C stops it.", flush=True)
         await told.wait()
+        if sys.stderr.isatty():
+            print("waiting for calls under way to end; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
 
 def _gateway(args: Namespace) -> Mapping[str, str]:

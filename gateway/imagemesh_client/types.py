@@ -100,6 +100,9 @@ class Parameters:
     guider: str = ""
     # JSON values by name, as far as the request set them.
     guider_options: Mapping[str, str] = field(default_factory=dict)
+    # None: the noise was not varied.
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
 
 @dataclass(frozen=True)

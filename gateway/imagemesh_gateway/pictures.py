@@ -49,6 +49,8 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields["Hires steps"] = plan.hires.steps
         fields["Hires upscaler"] = plan.hires.upscaler
         fields["Denoising strength"] = f"{plan.hires.strength:g}"
+    for i, unit in enumerate(plan.controls):
+        fields[f"ControlNet {i}"] = f'"Model: {unit.model}, Weight: {unit.scale:g}"'
     if plan.clip_skip:
         fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))

@@ -173,7 +173,8 @@ class Batcher(Generic[Item, Result]):
                 for request in requests:
                     self._note_wait(request, start)
                 self._metrics.running.set(len(requests))
-                await self._run(batch)
+                with self._metrics.step.time():
+                    await self._run(batch)
                 self._metrics.running.set(0)
                 end = perf_counter()
                 for request in requests:

@@ -16,6 +16,7 @@ MeshError                  INTERNAL
 └── RemoteError            as the peer said, its details handed on
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 import grpc
@@ -40,6 +41,13 @@ def _listed(names: Sequence[str]) -> str:
         return text
     shown = text[:_LISTED].rpartition(", ")[0]
     return f"{shown} and {len(names) - shown.count(', ') - 1} more"
+
+
+def _perhaps(name: str, names: Sequence[str]) -> str:
+    """The name that was probably meant, if one is near."""
+    folded = {one.casefold(): one for one in names}
+    near = difflib.get_close_matches(name[:_SHOWN].casefold(), folded, n=1, cutoff=0.75)
+    return f", perhaps {folded[near[0]]!r}" if near else ""
 
 
 class MeshError(Exception):
@@ -87,7 +95,8 @@ class NotFound(MeshError):
 
     def __init__(self, kind: str, name: str, available: Iterable[str]) -> None:
         self.kind, self.name = kind, name
-        super().__init__(f"{kind} {shorten(name)} not found; available: {_listed(sorted(available))}")
+        names = sorted(available)
+        super().__init__(f"{kind} {shorten(name)} not found{_perhaps(name, names)}; available: {_listed(names)}")
 
     def details(self) -> Sequence[Message]:
         return (error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name[:_SHOWN]),)

@@ -29,7 +29,7 @@ class Metrics:
         )  # fmt: skip
         self.queue_wait = self._histogram("imagemesh_queue_wait_seconds", "Seconds a request waited for the device.")
         self.stage = self._histogram("imagemesh_stage_seconds", "Seconds of one stage of the work.", "stage")
-        self.step = self._histogram("imagemesh_step_seconds", "Seconds of one evaluation of the denoising model.")
+        self.step = self._histogram("imagemesh_step_seconds", "Seconds of one forward of the model.")
         self.batch_size = self._histogram("imagemesh_batch_size", "Rows computed together.", buckets=_BATCHES)
         self.model_load = self._histogram("imagemesh_model_load_seconds", "Seconds to load a model.", "model")
         self.pending = self._gauge("imagemesh_pending_requests", "Requests waiting for the device.")

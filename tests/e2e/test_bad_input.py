@@ -60,7 +60,7 @@ def client(mesh: MeshHost) -> Iterator[Client]:
         ),
         ({"seed": 2**63}, "INVALID_ARGUMENT", "seed must be 0 to"),
         ({"clip_skip": 3}, "INVALID_ARGUMENT", "clip_skip must be 0 to 2, got 3"),
-        ({"scheduler": "Eular"}, "NOT_FOUND", "scheduler 'Eular' not found; available: DDIM"),
+        ({"scheduler": "Eular"}, "NOT_FOUND", "scheduler 'Eular' not found, perhaps 'Euler'; available: DDIM"),
         ({"model": "dreams"}, "NOT_FOUND", "model 'dreams' not found; available: fake"),
         ({"model": "../../etc"}, "NOT_FOUND", "available: fake"),
         ({"negative_prompt": "x" * 100_000}, "INVALID_ARGUMENT", "negative_prompt must be at most 10000 characters"),

@@ -164,7 +164,7 @@ def test_a_form_that_is_not_spoken_is_refused_before_the_work(mesh: MeshHost) ->
         ({"prompt": "x", "height": -8}, 400, "height must be a whole number of pixels up to 4096"),
         ({"prompt": "x", "height": 10**30}, 400, "height must be a whole number of pixels up to 4096"),
         ({"prompt": "x", "guidance": 101}, 400, "guidance must be 0 to 100.0, got 101"),
-        ({"prompt": "x", "scheduler": "Eular"}, 404, "scheduler 'Eular' not found"),
+        ({"prompt": "x", "scheduler": "Eular"}, 404, "scheduler 'Eular' not found, perhaps 'Euler'"),
         ({"prompt": "x", "model": "dreams"}, 404, "model 'dreams' not found; available: fake"),
         ({"prompt": "x", "negative_prompt": "y" * 20_000}, 400, "negative_prompt must be at most 10000 characters"),
         ({"prompt": "x", "sneed": 1}, 400, "sneed must be left out (the fields are prompt, negative_prompt, seed"),

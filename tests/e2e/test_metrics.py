@@ -107,14 +107,25 @@ def test_the_controlnet_counts_its_session(grew: Growth) -> None:
     assert grew("controlnet", "grpc_server_handled_total", **control, grpc_code="OK") == 1
     assert grew("controlnet", "grpc_server_msg_received_total", **control) == 1 + 5
     assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5
-    assert grew("controlnet", "imagemesh_step_seconds_count", service="controlnet") == 5
+    for histogram in ("step_seconds", "queue_wait_seconds", "batch_size"):
+        assert grew("controlnet", f"imagemesh_{histogram}_count", service="controlnet") == 5
+    # Rows of a batch: two pictures, each with guidance.
+    assert grew("controlnet", "imagemesh_batch_size_sum", service="controlnet") == 5 * 4
+    assert grew("controlnet", "imagemesh_stage_seconds_count", service="controlnet", stage="control") == 5
 
 
 def test_the_other_services_count_rows(grew: Growth) -> None:
-    assert grew("text-encoder", "imagemesh_batch_size_sum", service="text-encoder") == 3 * 2
+    # The same two prompts three times: they are encoded once, a row each.
+    assert grew("text-encoder", "imagemesh_batch_size_sum", service="text-encoder") == 2
     assert grew("vae", "imagemesh_batch_size_sum", service="vae") == 1 + 1 + 2
     assert grew("vae", "imagemesh_stage_seconds_count", stage="decode") == 3
     assert grew("vit", "imagemesh_batch_size_sum", service="vit") == 3
+    requests = {"text-encoder": 1, "vae": 3, "vit": 1}
+    for service, count in requests.items():
+        assert grew(service, "imagemesh_queue_wait_seconds_count", service=service) == count
+        assert grew(service, "imagemesh_step_seconds_count", service=service) == count
+    assert grew("text-encoder", "imagemesh_stage_seconds_count", stage="encode_text") == 1
+    assert grew("vit", "imagemesh_stage_seconds_count", service="vit") == 2  # decoded, classified
     unary = {"grpc_type": "unary", "grpc_service": "imagemesh.v1.VaeService", "grpc_method": "DecodeLatents"}
     assert grew("vae", "grpc_server_handled_total", **unary, grpc_code="OK") == 3
 

@@ -1,4 +1,4 @@
-"""One process and six processes draw the same picture, over Unix sockets and over TCP."""
+"""One process, whose services talk over Unix sockets, and six, which talk over TCP, draw the same picture."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The mesh as six processes, each started as a user would: ``imagemesh serve SERVICE``."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -65,10 +66,18 @@ def start(name: str, address: str, env: Mapping[str, str], module: str = "imagem
             raise
 
 
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+    return port
+
+
 @contextmanager
 def six_processes(models: Path, sockets: Path, **env: str) -> Iterator[dict[str, Process]]:
-    """All services and the gateway, joined by Unix sockets in ``sockets``; ready when entered."""
-    addresses = {name: f"unix:{sockets / name}.sock" for name in SERVICES}
+    """All services and the gateway, joined over TCP, the gateway itself on a Unix socket; ready when entered."""
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in SERVICES}
+    addresses["gateway"] = f"unix:{sockets}/gateway.sock"
     settings = {
         "IMAGEMESH_MODELS": str(models),
         "IMAGEMESH_METRICS_LISTEN": "127.0.0.1:0",

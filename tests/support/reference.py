@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imagemesh_services.diffusion.schedulers import find_scheduler
+from tests.support.meant_schedulers import MEANT
 
 
 @cache
@@ -22,15 +22,15 @@ def pipeline(path: Path) -> Any:
 
 def scheduler(path: Path, name: str, seeds: list[int], **more: Any) -> Any:
     """A fresh scheduler, set up as the name says, with ``more`` options."""
-    choice = find_scheduler(name)
     base = pipeline(path).scheduler
-    if choice is None:
+    if not name:
         return type(base).from_config(base.config)
-    options = {**choice.options, **more}
-    if choice.class_name == "DPMSolverSDEScheduler":
+    class_name, meant = MEANT.get(name, (name, {}))
+    options = {**meant, **more}
+    if class_name == "DPMSolverSDEScheduler":
         # It ignores the request's generator; without a seed it would draw from the global one.
         options["noise_sampler_seed"] = seeds if len(seeds) > 1 else seeds[0]
-    return getattr(diffusers, choice.class_name).from_config(base.config, **options)
+    return getattr(diffusers, class_name).from_config(base.config, **options)
 
 
 def draw(

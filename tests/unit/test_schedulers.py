@@ -7,6 +7,7 @@ import pytest
 
 from imagemesh_runtime.errors import NotFound
 from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
+from tests.support.meant_schedulers import MEANT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +20,10 @@ def test_every_option_is_one_that_the_class_knows(name: str) -> None:
     assert {option: made.config[option] for option in choice.options} == dict(choice.options)
 
 
+def test_every_name_stands_for_the_class_and_options_that_its_users_expect() -> None:
+    assert {name: (choice.class_name, dict(choice.options)) for name, choice in SCHEDULERS.items()} == MEANT
+
+
 def test_names_are_found_whatever_their_case_and_classes_by_their_own() -> None:
     assert find_scheduler("dpm++ 2m karras") is SCHEDULERS["DPM++ 2M Karras"]
     by_class = find_scheduler("EulerAncestralDiscreteScheduler")
@@ -28,7 +33,7 @@ def test_names_are_found_whatever_their_case_and_classes_by_their_own() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(NotFound, match=r"scheduler 'Eular a' not found; available: .*Euler a"):
+    with pytest.raises(NotFound, match=r"'Eular a' not found, perhaps 'Euler a'; available: .*Euler a"):
         find_scheduler("Eular a")
 
 

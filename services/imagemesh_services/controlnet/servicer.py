@@ -7,6 +7,7 @@ from typing import Any
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
+from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import InvalidArgument, Overloaded
 from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, MAX_TOKENS, check_pixels, check_range, check_size
 from imagemesh_runtime.metrics import Metrics
@@ -76,10 +77,12 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         sample = require_finite(request.array(step.sample, "step.sample", dtypes=FLOATS, shape=shape), "step.sample")
         if not math.isfinite(step.timestep):
             raise InvalidArgument("step.timestep", step.timestep, "finite")
+        waited = current_call().queue_seconds
         if step.HasField("encoder_hidden_states"):
             await self._models.lane.run(session.run.tell, *_changed(session.inputs, request))
         with self._metrics.step.time(), self._metrics.stage.time("control"):
             down, mid = await self._models.lane.run(session.run.residuals, sample, step.timestep)
+        self._metrics.queue_wait.observe(current_call().queue_seconds - waited)
         self._metrics.batch_size.observe(len(sample))
         answer = Parcel[pb.ControlResponse]()
         return answer.seal(

@@ -25,6 +25,7 @@ class VaeServicer(rpc.VaeServiceServicer):
     """Decodes and encodes; pictures of one model, size and options share a forward."""
 
     def __init__(self, config: VaeConfig, models: LoadedModels[VaeModel], metrics: Metrics) -> None:
+        self._always = MemoryOptions(config.tiled, config.sliced)
         self._models = models
         self._metrics = metrics
         self._previews: dict[str, PreviewMap] = {}
@@ -84,7 +85,7 @@ class VaeServicer(rpc.VaeServiceServicer):
         )
 
     async def _submit(self, verb: str, model: str, rows: Array, memory: pb.VaeMemoryOptions) -> list[Any]:
-        options = MemoryOptions(memory.tiled, memory.sliced)
+        options = MemoryOptions(memory.tiled or self._always.tiled, memory.sliced or self._always.sliced)
         return await submit_rows(self.batcher, (verb, model, rows.shape[1:], rows.dtype.name, options), rows)
 
     async def _compute(self, key: Hashable, items: Sequence[Array]) -> Results:
