@@ -135,8 +135,12 @@ def test_a_run_goes_on_from_a_checkpoint_bit_by_bit(model: Any, load: Callable[[
 
 
 def test_guiders_that_leave_the_layers_alone_guide_and_go_on_from_a_checkpoint(model: Any) -> None:
-    momentum = {"adaptive_projected_guidance_momentum": "-0.5"}
-    kinds = [find_guider(*one) for one in (("CFG", {"start": "0.4"}), ("CFG-Zero*", {}), ("APG", momentum))]
+    options = {
+        "CFG": {"start": "0.4"},
+        "CFG-Zero*": {"zero_init_steps": "0"},
+        "APG": {"adaptive_projected_guidance_momentum": "-0.5"},
+    }
+    kinds = [find_guider(name, given) for name, given in options.items()]
     if not model.wants.negative:
         for kind in kinds:
             with pytest.raises(InvalidArgument, match="guider must be CFG without options"):

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from imagemesh_client import Client
+from imagemesh_runtime.errors import MeshError
 from tests.support import tiny_transformers
 from tests.support.families import NEGATIVE, a_picture, made, reference
 from tests.support.mesh import running_mesh
@@ -50,3 +52,9 @@ def test_image_to_image(client: Client, folder: Path) -> None:
     common = {"image": a_picture(), "strength": 0.7, "negative_prompt": NEGATIVE}
     wanted = theirs(folder, [3], kind="QwenImageImg2ImgPipeline", **common)
     assert worst(made(client, "tiny-qwen-image", **common), wanted) <= 1
+
+
+def test_a_guider_that_begins_with_zeros_is_refused_since_they_have_no_norm(client: Client) -> None:
+    with pytest.raises(MeshError, match=r"zero_init_steps'\] must be 0 for qwen-image") as caught:
+        made(client, "tiny-qwen-image", guider="CFG-Zero*")
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT

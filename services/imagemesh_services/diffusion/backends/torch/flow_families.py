@@ -21,6 +21,7 @@ class FlowFamily:
         widths: which of the model's settings says how wide a tensor of the conditioning is.
         tokens: how long the embeddings of an ordinary prompt are.
         packed: whether four latents are one of the model's tokens before it sees them.
+        keeps_norm: whether the blocks give the guided prediction the norm of the unguided one, which zeros can't have.
         lists: whether embeddings are a list of rows to the blocks, each of its own length.
         guider: settings of the guider besides its scale.
         steps, guidance: what diffusers' classic pipeline takes where nothing is said.
@@ -37,6 +38,7 @@ class FlowFamily:
     packed: bool
     steps: int
     guidance: float
+    keeps_norm: bool = False
     lists: bool = False
     guider: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -89,6 +91,7 @@ FAMILIES: Final = (
         packed=True,
         steps=50,
         guidance=4.0,
+        keeps_norm=True,
     ),
     FlowFamily(
         name="z-image",

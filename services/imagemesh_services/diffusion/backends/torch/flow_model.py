@@ -149,6 +149,9 @@ class FlowModel:
         if guider.changes:
             names = ", ".join(one.name for one in GUIDERS.values() if not one.changes)
             raise InvalidArgument("guider", guider.name, f"one that leaves the layers as they are: {names}")
+        zeros = guider.options.get("zero_init_steps")
+        if zeros and self._family.keeps_norm:
+            raise InvalidArgument("guider_options['zero_init_steps']", zeros, f"0 for {self._family.name}")
 
     def _check_widths(self, inputs: SampleInputs) -> None:
         for name, width in self.widths.items():
