@@ -19,7 +19,7 @@ from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.text_encoder.attention import Section, literal
 from imagemesh_services.text_encoder.backend import Encoded, Tokens
-from imagemesh_services.text_encoder.backends import torch_blocks
+from imagemesh_services.text_encoder.backends.torch import blocks
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.inversions import Inversions, find_inversions, places
 from imagemesh_services.text_encoder.windows import cut, side_by_side
@@ -172,10 +172,10 @@ class TorchTextEncoder:
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self._repository.folders().values(), _card)
 
-    def load(self, name: str) -> TorchTextModel | TorchTextPair | torch_blocks.BlockPrompts:
+    def load(self, name: str) -> TorchTextModel | TorchTextPair | blocks.BlockPrompts:
         folder = self._repository.folders()[name]
-        if (family := torch_blocks.family_of(folder)) is not None:
-            return torch_blocks.load(folder, family, self._dtype, self._device)
+        if (family := blocks.family_of(folder)) is not None:
+            return blocks.load(folder, family, self._dtype, self._device)
         parts = [folder.path / part for part in PARTS if folder.has(part)]
         marks = (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
         fingerprint = fingerprint_of([*parts, *places(folder)], *map(str, marks))
@@ -226,7 +226,7 @@ def _without_taken(folder: ModelFolder, found: Inversions, tokenizers: Sequence[
 
 def _card(folder: ModelFolder) -> ModelCard | None:
     if folder.has("transformer"):
-        return torch_blocks.card(folder)
+        return blocks.card(folder)
     found = {part: folder.config[part][1] for part in _encoders(folder)}
     if not found or any(folder.has(f"text_encoder_{i}") for i in (3, 4)):
         return None
@@ -235,6 +235,6 @@ def _card(folder: ModelFolder) -> ModelCard | None:
         if cls != CLASSES[part].__name__ or not folder.has(tokenizer) or folder.config[tokenizer][1] not in TOKENIZERS:
             return None  # T5 of the same folder layout, for one
     properties = {"class": ", ".join(found.values())}
-    if words := find_inversions(folder, _widths(folder)).usable:
+    if places(folder) and (words := find_inversions(folder, _widths(folder)).usable):
         properties["embeddings"] = ", ".join(sorted(words))
     return ModelCard(folder.name, properties)
