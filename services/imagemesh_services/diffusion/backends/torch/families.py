@@ -34,6 +34,7 @@ class Family:
 
 FAMILIES: Final = (
     Family("sd", None, ("prompt_embeds",)),
+    Family("sd", "text", ("prompt_embeds",)),  # the UNet sums up the prompt's embeddings by itself
     Family("sdxl", "text_time", ("prompt_embeds", "pooled_prompt_embeds")),
 )
 
@@ -51,7 +52,7 @@ def added_conditions(family: Family, inputs: SampleInputs, unet: Any, prompt: st
     Raises:
         InvalidArgument: the summary of the prompt isn't of the model's width.
     """
-    if family.addition is None:
+    if family.addition != "text_time":
         return {}
     name = prompt.replace("prompt_embeds", "pooled_prompt_embeds")
     pooled = to_torch(inputs.conditioning[name], unet.device, unet.dtype)
