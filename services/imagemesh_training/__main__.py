@@ -28,7 +28,7 @@ def stages(work: Path, shipped: Path) -> list[Stage]:
     todo: list[Stage] = [] if first == vae else [("vae", train_vae.main, [])]
     return [
         *todo,
-        *([] if pipeline.exists() else [("text", train_text.main, [])]),
+        *([] if pipeline.exists() else [("text", train_text.main, ["--vae", str(first)])]),
         ("unet", train_unet.main, ["--vae", str(first), *init(pipeline)]),
         ("vit", train_vit.main, init(shipped / "emoji-vit")),
         ("controlnet", train_controlnet.main, init(shipped / "emoji-controlnet")),

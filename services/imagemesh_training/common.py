@@ -29,6 +29,12 @@ def arguments(description: str, steps: int, lr: float, batch: int) -> argparse.A
     return parser
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor computes in it; elsewhere, where it would be emulated many times slower, float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
 class Ema:
     """An exponential moving average of a module's parameters and buffers (Polyak averaging, warmed up as in TF)."""
 

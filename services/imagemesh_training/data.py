@@ -88,6 +88,12 @@ def held_out(thing: str, colour: str) -> bool:
     return int.from_bytes(digest[:4], "big") % 10 == 0
 
 
+def pairs(*, held: bool) -> list[Scene]:
+    """Every (thing, colour) pair of the training set, or of those kept for measuring: at normal size in the middle."""
+    names = [thing.name for thing in things()]
+    return [Scene(i, colour) for i, name in enumerate(names) for colour in COLOURS if held_out(name, colour) == held]
+
+
 def load_sprites(cache_dir: Path | None = None) -> Sprites:
     """All things as premultiplied RGBA in 0..1, shape (things, SPRITE, SPRITE, 4), longest side touching the border."""
     path = cache_dir / f"sprites-{len(things())}.npy" if cache_dir else None

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from imagemesh_training import data
+from imagemesh_training.common import autocast
 
 MOVED = 0.4  # share of pictures a pixel off: the others repeat exactly, so that the words say exactly what to draw
 
@@ -50,24 +51,27 @@ def encode(vae: AutoencoderKL, pictures: list[data.Pixels]) -> NDArray[np.float1
     parts = []
     for start in range(0, len(pictures), 64):
         pixels = torch.from_numpy(np.stack(pictures[start : start + 64])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         parts.append((latents.float() * vae.config.scaling_factor).half().contiguous().numpy())
     return np.concatenate(parts)
 
 
 def load_or_make(path: Path, vae: AutoencoderKL, sprites: data.Sprites, count: int, seed: int) -> LatentSet:
-    """The cached set at `path`, or a new one of `count` training scenes (never a held-out pair)."""
+    """The cached set at `path`, or a new one: every training pair plain, then random scenes up to `count` in all."""
     if path.exists():
         with np.load(path) as saved:
             scenes = [data.Scene(int(thing), *map(str, rest)) for thing, *rest in saved["scenes"]]
             boxes = [(int(side), int(left), int(top)) for side, left, top in saved["boxes"]]
             return LatentSet(saved["latents"], scenes, boxes)
     rng = np.random.default_rng(seed)
-    scenes = [data.random_scene(rng) for _ in range(count)]
-    boxes = [data.box_of(scene, rng, jitter=int(rng.random() < MOVED)) for scene in scenes]
+    plain = data.pairs(held=False)
+    scenes = [*plain, *(data.random_scene(rng) for _ in range(count - len(plain)))]
+    boxes = [
+        data.box_of(scene, rng, jitter=int(i >= len(plain) and rng.random() < MOVED)) for i, scene in enumerate(scenes)
+    ]
     made = LatentSet(np.empty((0, 16, 8, 8), np.float16), scenes, boxes)
-    latents = encode(vae, [made.picture(i, sprites) for i in range(count)])
+    latents = encode(vae, [made.picture(i, sprites) for i in range(len(scenes))])
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = np.array([[str(value) for value in astuple(scene)] for scene in scenes])
     np.savez(path, latents=latents, scenes=rows, boxes=np.array(boxes))

@@ -19,7 +19,7 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 
 from imagemesh_training import augment, data, edges
 from imagemesh_training.captions import plain_caption
-from imagemesh_training.data import COLOURS, Pixels, Scene, held_out, things
+from imagemesh_training.data import COLOURS, Pixels, Scene, things
 from imagemesh_training.inpaint import inpaint
 
 STEPS = 20
@@ -54,12 +54,6 @@ class Models:
         folder = root / "emoji-controlnet"
         control = ControlNetModel.from_pretrained(folder, dtype=torch.float32) if folder.exists() else None
         return Models(sd, vit, processor, control)
-
-
-def held_out_scenes() -> list[Scene]:
-    """All pairs never trained on, at normal size in the middle."""
-    names = [thing.name for thing in things()]
-    return [Scene(i, colour) for i, name in enumerate(names) for colour in COLOURS if held_out(name, colour)]
 
 
 def generate(pipe: Any, prompts: list[str], seed: int = 0, **inputs: list[Any]) -> list[Pixels]:
@@ -109,7 +103,7 @@ def psnr_of(a: Pixels, b: Pixels) -> float:
 
 def text_to_image(models: Models) -> tuple[dict[str, float], list[str]]:
     """Share of held-out prompts whose thing and colour come out right, and what was drawn wrong."""
-    scenes = held_out_scenes()
+    scenes = data.pairs(held=True)
     pictures = generate(models.pipe, [plain_caption(scene) for scene in scenes])
     guesses = names_of(models, pictures)
     named = [guess == scene.thing for guess, scene in zip(guesses, scenes, strict=True)]

@@ -18,8 +18,8 @@ from transformers import CLIPTokenizer
 
 from imagemesh_training import data, edges, latents, tokenizer
 from imagemesh_training.captions import caption
-from imagemesh_training.common import Ema, Progress, Run, arguments, set_lr
-from imagemesh_training.train_unet import SCHEDULE, Denoiser, load
+from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
+from imagemesh_training.train_unet import PICTURES, SCHEDULE, Denoiser, load
 
 HINT_CHANNELS = (16, 32, 64, 96)  # three strides: 64 pixels to the 8 of the latents
 
@@ -44,7 +44,7 @@ def loss_of(
     noise = torch.randn_like(clean)
     timesteps = torch.randint(0, noiser.config.num_train_timesteps, (len(clean),))
     noisy = noiser.add_noise(clean, noise, timesteps)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         with torch.no_grad():
             states = base.text_encoder(ids).last_hidden_state
         down, mid = control(noisy, timesteps, states, hints, return_dict=False)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments("Train the ControlNet", steps=3000, lr=4e-4, batch=48)
     parser.add_argument("--base", type=Path, help="pipeline folder it controls; default WORK/sd")
     parser.add_argument("--init", type=Path, help="ControlNet folder to start from")
-    parser.add_argument("--pictures", type=int, default=40000)
+    parser.add_argument("--pictures", type=int, default=PICTURES)
     train(parser.parse_args(argv))
 
 

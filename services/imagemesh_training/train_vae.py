@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from imagemesh_training import data
-from imagemesh_training.common import Ema, Progress, Run, arguments, set_lr
+from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
 
 CONFIG = {
     "block_out_channels": (32, 64, 96, 128),
@@ -59,7 +59,7 @@ def loss_of(
     vae: AutoencoderKL, pixels: torch.Tensor, kl_weight: float, decoder_only: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one batch of pictures (n, 3, 64, 64), and what to print of it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         with torch.set_grad_enabled(not decoder_only):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.sample()

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from imagemesh_training import augment, data
-from imagemesh_training.common import Ema, Progress, Run, arguments, set_lr
+from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
 
 
 def new_vit() -> ViTForImageClassification:
@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> None:
         set_lr(optimizer, run.step, args.steps, args.lr, warmup=200)
         labels = run.rng.integers(len(sprites), size=args.batch)
         pixels = to_tensor([augment.training_picture(int(thing), sprites, run.rng) for thing in labels])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = vit(pixels).logits.float()
         target = torch.from_numpy(labels)
         loss = functional.cross_entropy(logits, target, label_smoothing=0.1)

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from imagemesh_training.common import Ema, Run, set_lr
+from imagemesh_training.common import Ema, Run, autocast, set_lr
 
 
 def new_run(path: Path) -> Run:
@@ -67,3 +68,14 @@ def test_learning_rate_warms_up_peaks_and_falls_to_a_hundredth() -> None:
         set_lr(optimizer, step, 1000, 1.0, warmup=10)
         rates.append(round(optimizer.param_groups[0]["lr"], 3))
     assert rates == [0.1, 1.0, 0.505, 0.01, 0.01]
+
+
+@pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_bfloat16_is_used_only_where_the_processor_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    with autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype is (torch.bfloat16 if bf16 or amx else torch.float32)
