@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,44 +49,46 @@ def contact_sheet(models: measures.Models, seed: int = 48) -> Image.Image:
     return sheet(pictures, labels)
 
 
-def figures(models: measures.Models, sprites: data.Sprites) -> dict[str, object]:
-    """Every figure of the models there are; `drawn_wrong` lists the prompts the ViT read otherwise."""
-    found: dict[str, object] = {"vit": measures.classifier(models, sprites)}
-    if models.sd is None:
-        return found
-    text, wrong = measures.text_to_image(models)
-    return {
-        **found,
-        "text_to_image": text,
-        "vae_psnr_db": measures.autoencoder(models, sprites),
-        "controlnet": measures.control(models, sprites),
-        "img2img": measures.image_to_image(models, sprites),
-        "inpainting": measures.inpainting(models, sprites),
-        "drawn_wrong": wrong,
-    }
+Group = Callable[[measures.Models, data.Sprites], dict[str, Any]]
+GROUPS: dict[str, Group] = {
+    "vit": measures.classifier,
+    "text_to_image": lambda models, _: measures.text_to_image(models),
+    "vae_psnr_db": measures.autoencoder,
+    "controlnet": measures.control,
+    "img2img": measures.image_to_image,
+    "inpainting": measures.inpainting,
+}
+SHEET = "sheet"
+
+
+def write(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Put one group's figures into the file, print them, and leave the others as they are."""
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**whole, name: found}, indent=2) + "\n")
+    for key, value in found.items():
+        if isinstance(value, list):
+            print(f"{name:14} {key}:", *value, sep="\n    ", flush=True)
+        else:
+            print(f"{name:14} {key:28} {value}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags, measure, write and print."""
+    """Read the flags; measure, write and print a group at a time."""
     parser = argparse.ArgumentParser(description="Measure the shipped models")
     parser.add_argument("--models", type=Path, default=imagemesh_models.root(), help="folder of the model folders")
     parser.add_argument("--out", type=Path, default=Path("out/eval"))
-    parser.add_argument("--sheet-only", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=(SHEET, *GROUPS), default=(SHEET, *GROUPS))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    sprites = data.load_sprites()
     with torch.no_grad():
         models = measures.Models.load(args.models)
-        if models.sd is not None:
+        if SHEET in args.only and models.sd is not None:
             contact_sheet(models).save(args.out / "contact_sheet.png")
-        if args.sheet_only:
-            return
-        found = figures(models, data.load_sprites())
-    (args.out / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
-    for group, values in found.items():
-        if isinstance(values, dict):
-            for name, value in values.items():
-                print(f"{group:14} {name:28} {value}")
+        for name, measure in GROUPS.items():
+            if name in args.only and (models.sd is not None or name == "vit"):
+                write(args.out / "figures.json", name, measure(models, sprites))
     print(f"{time.monotonic() - start:.0f} s; written to {args.out}")
 
 

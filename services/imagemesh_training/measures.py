@@ -23,7 +23,7 @@ from imagemesh_training.data import COLOURS, Pixels, Scene, things
 from imagemesh_training.inpaint import inpaint
 
 STEPS = 20
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 BATCH = 36
 
 
@@ -101,8 +101,8 @@ def psnr_of(a: Pixels, b: Pixels) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-def text_to_image(models: Models) -> tuple[dict[str, float], list[str]]:
-    """Share of held-out prompts whose thing and colour come out right, and what was drawn wrong."""
+def text_to_image(models: Models) -> dict[str, float | list[str]]:
+    """Share of held-out prompts whose thing and colour come out right, and which the ViT read otherwise."""
     scenes = data.pairs(held=True)
     pictures = generate(models.pipe, [plain_caption(scene) for scene in scenes])
     guesses = names_of(models, pictures)
@@ -113,7 +113,8 @@ def text_to_image(models: Models) -> tuple[dict[str, float], list[str]]:
         for guess, scene, right in zip(guesses, scenes, named, strict=True)
         if not right
     ]
-    return {"prompts": len(scenes), "thing_top1": share(named), "background_right": share(coloured)}, wrong
+    figures = {"prompts": len(scenes), "thing_top1": share(named), "background_right": share(coloured)}
+    return {**figures, "drawn_wrong": wrong}
 
 
 def classifier(models: Models, sprites: data.Sprites, rounds: int = 8) -> dict[str, float]:

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 from imagemesh_training import data, edges, latents, tokenizer
 from imagemesh_training.captions import caption
 from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
-from imagemesh_training.train_unet import PICTURES, SCHEDULE, Denoiser, load
+from imagemesh_training.train_unet import PICTURES, SCHEDULE, Denoiser, draw_timesteps, load
 
 HINT_CHANNELS = (16, 32, 64, 96)  # three strides: 64 pixels to the 8 of the latents
 
@@ -42,8 +42,8 @@ def loss_of(
 ) -> torch.Tensor:  # fmt: skip
     """Velocity error of the frozen UNet with this ControlNet's residuals added."""
     noise = torch.randn_like(clean)
-    timesteps = torch.randint(0, noiser.config.num_train_timesteps, (len(clean),))
-    noisy = noiser.add_noise(clean, noise, timesteps)
+    timesteps = draw_timesteps(len(clean), noiser.config.num_train_timesteps)
+    noisy = noiser.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
     with autocast():
         with torch.no_grad():
             states = base.text_encoder(ids).last_hidden_state
@@ -67,8 +67,9 @@ def train(args: argparse.Namespace) -> None:
         control = ControlNetModel.from_pretrained(args.init).float()
     else:
         control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS)
+    control.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(control.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run(control, optimizer, Ema(control, 0.998), np.random.default_rng(args.seed), args.work / "controlnet.pt")
+    run = Run(control, optimizer, Ema(control, 0.99), np.random.default_rng(args.seed), args.work / "controlnet.pt")
     run.resume()
     noiser = DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "steps_offset"})
     progress = Progress(args.steps)
