@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from imagemesh_training import data, latents, tokenizer
 from imagemesh_training.captions import caption, plain_caption
 from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
+from imagemesh_training.measures import GUIDANCE
 
 # A schedule between Stable Diffusion's and zero terminal SNR (Lin et al., 2024): at the last step 2.8% of the signal is
 # left instead of 6.8%, so a flat background is not washed out, and no scheduler meets an infinite sigma.
@@ -138,7 +139,9 @@ def preview(pipe: StableDiffusionPipeline, path: Path, count: int = 40) -> None:
     prompts = [plain_caption(data.random_scene(rng, held=True)) for _ in range(count)]
     with autocast():
         generator = torch.Generator().manual_seed(0)
-        out = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
+        out = pipe(
+            prompts, num_inference_steps=20, guidance_scale=GUIDANCE, generator=generator, output_type="np"
+        ).images
     rows = out.reshape(-1, 10, *out.shape[1:]).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
     Image.fromarray((rows * 255).round().astype(np.uint8)).save(path)
