@@ -13,10 +13,10 @@ Floats = NDArray[np.float32]
 
 
 def training_picture(thing: int, sprites: data.Sprites, rng: np.random.Generator) -> Pixels:
-    """A thing anywhere, at any size, moved and mirrored, on any colour, then `degrade`d: uint8 (64, 64, 3)."""
+    """A thing anywhere, at any size, turned and mirrored, on any colour, then `degrade`d: uint8 (64, 64, 3)."""
     sprite = sprites[thing]
     if rng.random() < 0.5:
-        sprite = _move(sprite, rng)
+        sprite = _turn(sprite, float(rng.uniform(-15, 15)))
     if rng.random() < 0.3:
         sprite = sprite[:, ::-1]
     side = int(rng.integers(26, PICTURE + 1))
@@ -32,21 +32,15 @@ def _background(rng: np.random.Generator) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _move(sprite: data.Sprites, rng: np.random.Generator) -> data.Sprites:
-    """Stretched along its own axes, turned by up to 20 degrees (never sheared), and a little of it cut off."""
-    middle = data.SPRITE / 2
-    turn = cv2.getRotationMatrix2D((0, 0), float(rng.uniform(-20, 20)), 0.95)[:, :2]
-    linear = turn @ np.diag(rng.uniform(0.8, 1.15, 2))
-    shift = middle - linear @ np.full(2, middle) + rng.uniform(-0.1, 0.1, 2) * data.SPRITE
-    matrix = np.concatenate([linear, shift[:, None]], axis=1)
+def _turn(sprite: data.Sprites, degrees: float) -> data.Sprites:
+    middle = (data.SPRITE / 2, data.SPRITE / 2)
+    matrix = cv2.getRotationMatrix2D(middle, degrees, 0.95)
     return np.asarray(cv2.warpAffine(sprite, matrix, (data.SPRITE, data.SPRITE)), np.float32)
 
 
 def degrade(picture: Pixels, rng: np.random.Generator) -> Pixels:
-    """What a small VAE does to a picture, roughly (softness, noise, ringing, shifted colours), and worse."""
+    """What a small VAE does to a picture, roughly: softness, noise, ringing, shifted colours."""
     image = picture.astype(np.float32)
-    if rng.random() < 0.25:
-        image = _scratch(image, rng)
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.3, 1.3)))
     if rng.random() < 0.3:
@@ -56,7 +50,7 @@ def degrade(picture: Pixels, rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.6:
         image = _jitter_colours(image, rng)
     if rng.random() < 0.5:
-        image = image + rng.normal(0, rng.uniform(1, 30), image.shape).astype(np.float32)
+        image = image + rng.normal(0, rng.uniform(1, 14), image.shape).astype(np.float32)
     result: Pixels = image.round().clip(0, 255).astype(np.uint8)
     if rng.random() < 0.3:
         quality = int(rng.integers(30, 95))
@@ -65,21 +59,12 @@ def degrade(picture: Pixels, rng: np.random.Generator) -> Pixels:
     return result
 
 
-def _scratch(image: Floats, rng: np.random.Generator) -> Floats:
-    """One to four lines of any colour across the picture."""
-    scratched = image.copy()
-    for _ in range(int(rng.integers(1, 5))):
-        start, end = (tuple(int(v) for v in rng.integers(0, PICTURE, 2)) for _ in range(2))
-        cv2.line(scratched, start, end, rng.uniform(0, 255, 3).tolist(), int(rng.integers(1, 5)))
-    return scratched
-
-
 def _jitter_colours(image: Floats, rng: np.random.Generator) -> Floats:
-    contrast, brightness = rng.uniform(0.5, 1.4), rng.uniform(-45, 45)
+    contrast, brightness = rng.uniform(0.7, 1.3), rng.uniform(-25, 25)
     image = (image - 128) * np.float32(contrast) + np.float32(128 + brightness)
     grey = image.mean(axis=-1, keepdims=True)
     image = grey + (image - grey) * np.float32(rng.uniform(0.6, 1.4))
-    return image * rng.uniform(0.88, 1.12, 3).astype(np.float32)
+    return image * rng.uniform(0.92, 1.08, 3).astype(np.float32)
 
 
 def unseen(picture: Pixels, rng: np.random.Generator) -> Pixels:
