@@ -39,13 +39,18 @@ def settle(folder: Path) -> None:
 
 
 def export_pipeline(work: Path, folder: Path) -> None:
-    """The text-to-picture folder; the tokenizer both in CLIP's own files and in the one newer libraries write."""
+    """The text-to-picture folder; the tokenizer both in CLIP's own files and in the one newer libraries write.
+
+    Schedulers that would by default clip what they predict to -1..1, as DDIM does, are told that latents go further.
+    """
     pipe = StableDiffusionPipeline.from_pretrained(work / "sd", dtype=torch.float16)
     if (work / "decoder").exists():
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(work / "decoder", dtype=torch.float16))
     pipe.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"clip_sample": False}))
     settle(folder)
 
 

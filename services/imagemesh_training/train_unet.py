@@ -118,15 +118,17 @@ def pipeline(model: Denoiser, vae: AutoencoderKL, words: CLIPTokenizer) -> Stabl
     return pipe
 
 
-def draw_timesteps(count: int, steps: int) -> torch.Tensor:
-    """As often as they are noisy (a step's density grows with it): there the words alone decide what the thing is."""
-    return (torch.rand(count).sqrt() * steps).long().clamp(max=steps - 1)
+def draw_timesteps(count: int, steps: int, power: float = 0.5) -> torch.Tensor:
+    """All alike at power 1; below it the noisier more often, where the words alone decide what the thing is."""
+    return (torch.rand(count) ** power * steps).long().clamp(max=steps - 1)
 
 
-def loss_of(model: Denoiser, clean: torch.Tensor, ids: torch.Tensor, noiser: DDPMScheduler) -> torch.Tensor:
+def loss_of(
+    model: Denoiser, clean: torch.Tensor, ids: torch.Tensor, noiser: DDPMScheduler, power: float
+) -> torch.Tensor:
     """Velocity error on scaled latents (n, 16, 8, 8) and token ids (n, 77)."""
     noise = torch.randn_like(clean)
-    timesteps = draw_timesteps(len(clean), noiser.config.num_train_timesteps)
+    timesteps = draw_timesteps(len(clean), noiser.config.num_train_timesteps, power)
     noisy = noiser.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
     with autocast():
         predicted = model(noisy, timesteps, ids)
@@ -182,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         picked = cached.pick(run.rng, args.batch // REPEAT, args.focus)
         texts = [caption(cached.scenes[i], run.rng) if run.rng.random() > 0.1 else "" for i in picked]
         ids = words(texts, padding="max_length", max_length=tokenizer.LENGTH, return_tensors="pt").input_ids
-        loss = loss_of(model, cached.at(picked).repeat_interleave(REPEAT, 0), ids, noiser)
+        loss = loss_of(model, cached.at(picked).repeat_interleave(REPEAT, 0), ids, noiser, args.power)
         run.learn(loss)
         progress.add(run.step, loss=loss.item())
         run.save_if_due(args.save_minutes)
@@ -199,6 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, help="VAE folder; default WORK/vae")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="how many scenes to encode beforehand")
     parser.add_argument("--focus", type=float, default=0.5, help="extra share of plain scenes, which teach the names")
+    parser.add_argument(
+        "--power", type=float, default=0.7, help="of the timesteps: 1 all alike, less noisier ones more"
+    )
     parser.add_argument("--export-every", type=int, default=1500)
     train(parser.parse_args(argv))
 
