@@ -1,23 +1,34 @@
-"""The mesh draws with the shipped folders what diffusers draws with them."""
+"""The mesh draws with the shipped folders what diffusers draws with them, and that is what the prompt asked for."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import imagemesh_models
+from imagemesh_cli.parser import build_parser
 from imagemesh_client import Client
+from imagemesh_training import data
+from imagemesh_training.captions import plain_caption
+from imagemesh_training.measures import colour_of
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 
 ROOT = imagemesh_models.root()
 PROMPT = "a red apple on a blue background"
+FOX = data.Scene([thing.name for thing in data.things()].index("fox"), "blue")
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with running_mesh(models=str(ROOT), backend="torch") as mesh, Client(mesh.grpc_address) as client:
         yield client
+
+
+def named(client: Client, picture: Image.Image) -> str:
+    """What the classifier says it shows."""
+    return client.classify(picture)[0].predictions[0].label
 
 
 @pytest.mark.parametrize("scheduler", ["", "DDIM", "Euler a"])
@@ -28,3 +39,43 @@ def test_the_picture_equals_the_pipeline_s(client: Client, scheduler: str) -> No
         guidance_scale=3,
     )  # fmt: skip
     assert worst([np.asarray(image.to_pil()) for image in generation.images], theirs) <= 1
+
+
+def test_the_demo_s_picture_is_of_what_its_prompt_asks(client: Client) -> None:
+    demo = build_parser().parse_args(["demo"])
+    picture = client.generate(demo.prompt, seed=demo.seed).images[0].to_pil()
+    assert named(client, picture) in demo.prompt
+
+
+def test_every_colour_of_a_fox_that_is_asked_for_is_drawn(client: Client) -> None:
+    for colour in data.COLOURS:
+        picture = client.generate(f"a fox on a {colour} background", seed=1).images[0].to_pil()
+        assert colour_of(np.asarray(picture)) == colour
+
+
+def test_a_low_strength_keeps_the_picture_and_a_high_one_follows_the_prompt(client: Client) -> None:
+    before = Image.fromarray(data.draw(FOX, data.load_sprites()))
+    kept, followed = (
+        client.generate("a panda on a blue background", image=before, strength=strength, seed=2).images[0].to_pil()
+        for strength in (0.2, 1.0)
+    )
+    assert (named(client, before), named(client, kept), named(client, followed)) == ("fox", "fox", "panda")
+
+
+def test_inpainting_redraws_inside_the_mask_and_nothing_else(client: Client) -> None:
+    before = Image.fromarray(data.draw(FOX, data.load_sprites()))
+    inside = np.zeros((64, 64), bool)
+    inside[8:56, 8:56] = True
+    made = client.generate(
+        "a panda on a blue background", image=before, mask=Image.fromarray(inside), keep_unmasked=True, seed=3
+    )
+    after = np.asarray(made.images[0].to_pil())
+    assert named(client, made.images[0].to_pil()) == "panda"
+    assert np.array_equal(after[~inside], np.asarray(before)[~inside])
+
+
+def test_held_out_prompts_come_out_on_the_colour_they_ask_for(client: Client) -> None:
+    scenes = data.pairs(held=True)[::12]
+    pictures = [np.asarray(client.generate(plain_caption(scene), seed=5).images[0].to_pil()) for scene in scenes]
+    right = [colour_of(picture) == scene.colour for picture, scene in zip(pictures, scenes, strict=True)]
+    assert sum(right) / len(right) >= 0.9
