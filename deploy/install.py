@@ -1,4 +1,4 @@
-"""Create a virtual environment and install imagemesh into it, with the CPU build of torch.
+"""Create a virtual environment and install torch and imagemesh into it.
 
 Where torch's wheels come from differs: plain PyPI has CUDA builds of several gigabytes. An index given with --index is
 used for torch alone; without one, pip's own configuration decides.
@@ -29,6 +29,7 @@ def main() -> None:
         venv.create(options.venv, with_pip=True)
     pip = [str(options.venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     index = ["--index-url", options.index] if options.index else []
+    print(f"installing {TORCH} and imagemesh[{options.extras}] into {options.venv}; a few minutes", flush=True)
     subprocess.run([*pip, *index, TORCH], check=True)
     subprocess.run([*pip, "--editable", f"{ROOT}[{options.extras}]"], check=True)
 
