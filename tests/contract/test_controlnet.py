@@ -58,9 +58,9 @@ def answer(model: ControlModel, inputs: ControlInputs, sample: np.ndarray, times
     return [*down, mid]
 
 
-def assert_same(ours: list[Any], theirs: list[Any], atol: float = 0.0) -> None:
+def assert_same(ours: list[Any], theirs: list[Any], atol: float = 0.0, rtol: float = 0.0) -> None:
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def apart(ours: list[Any], theirs: list[Any]) -> float:
@@ -162,7 +162,7 @@ def test_torch_rows_do_not_mix(torch_model, inputs, sample):
     for row in range(ROWS):
         part = slice(row, row + 1)
         alone = answer(torch_model, dataclasses.replace(inputs, embeddings=inputs.embeddings[part]), sample[part])
-        assert_same([one[part] for one in together], alone, atol=1e-5)
+        assert_same([one[part] for one in together], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_torch_refuses_embeddings_of_another_width_by_name(torch_model, inputs):

@@ -165,7 +165,8 @@ def test_a_momentum_that_is_not_this_runs_is_refused(model, inputs, average):
     advance(model, run, 1)
     frozen = run.checkpoint()
     hostile = dataclasses.replace(frozen, state={**frozen.state, "momentum": {"running_average": average}})
-    with pytest.raises(InvalidArgument, match=r"resume_from\.state\.momentum\.running_average"):
+    # A tensor that is taken out here is missing where it belongs, which is told there.
+    with pytest.raises(InvalidArgument, match=r"resume_from\.(state\.momentum\.running_average|tensors\['generator)"):
         model.start(asked).restore(hostile)
 
 

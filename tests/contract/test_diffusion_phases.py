@@ -125,8 +125,8 @@ def sample_request(inputs: SampleInputs, **changes: np.ndarray) -> pb.SampleRequ
     )
 
 
-def test_a_request_that_tells_phases_is_read(inputs):
-    found = read_inputs(sample_request(inputs), 8, ("prompt_embeds",))
+def test_a_request_that_tells_phases_is_read(model, inputs):
+    found = read_inputs(sample_request(inputs), model)
     assert {name: array.tolist() for name, array in found.conditioning.items()} == {
         name: array.tolist() for name, array in inputs.conditioning.items()
     }
@@ -141,14 +141,14 @@ def test_a_request_that_tells_phases_is_read(inputs):
         ({"negative_prompt_phases": np.full(6, -1, np.int32)}, "conditioning['negative_prompt_phases']", "rows 0 to 1"),
     ],
 )
-def test_phases_that_can_not_be_are_named(inputs, changes, field, message):
+def test_phases_that_can_not_be_are_named(model, inputs, changes, field, message):
     with pytest.raises(InvalidArgument, match=message) as caught:
-        read_inputs(sample_request(inputs, **changes), 8, ("prompt_embeds",))
+        read_inputs(sample_request(inputs, **changes), model)
     assert caught.value.field == field
 
 
-def test_several_rows_without_phases_are_refused(inputs):
+def test_several_rows_without_phases_are_refused(model, inputs):
     request = sample_request(inputs)
     del request.conditioning["prompt_phases"]
     with pytest.raises(InvalidArgument, match=r"conditioning\['prompt_embeds'\].shape must be \[1, any, any\]"):
-        read_inputs(request, 8, ("prompt_embeds",))
+        read_inputs(request, model)

@@ -73,16 +73,28 @@ async def test_the_lane_is_one_tick_ahead_of_what_was_told_and_no_more(lane: Lan
 
 
 async def test_told_in_time_it_goes_on_to_the_last_evaluation(lane: Lane, model: Gated) -> None:
-    one = generation(model, steps=4, terms=Terms(every=2, preview_every=3))
+    one = generation(model, steps=4, terms=Terms(preview_every=3))
     ticks, events = Ticks(lane, [one], chained=True), []
     for i in range(4):
         model.go.release()
         tick = await told(ticks)
         assert tick.more == (i < 3)
         events += tick.outcomes[0].events
-    assert [type(event) for event in events] == [Progress, Progress, Frozen, Progress, Progress, Finished]
+    assert [type(event) for event in events] == [Progress, Progress, Progress, Progress, Finished]
     assert [event.preview is not None for event in events if isinstance(event, Progress)] == [False, False, True, False]
     assert one.done
+
+
+async def test_a_checkpoint_is_told_before_the_next_evaluation_begins(lane: Lane, model: Gated) -> None:
+    one = generation(model, steps=4, terms=Terms(every=2))
+    ticks = Ticks(lane, [one], chained=True)
+    model.go.release(100)
+    assert (await told(ticks)).more
+    second = await told(ticks)
+    assert [type(event) for event in second.outcomes[0].events] == [Progress, Frozen]
+    assert not second.more
+    await lane.run(lambda: None)
+    assert one.evaluated == 2
 
 
 async def test_after_a_change_only_the_tick_under_way_is_done(lane: Lane, model: Gated) -> None:
