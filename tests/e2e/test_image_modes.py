@@ -173,3 +173,9 @@ def test_wrong_input_is_named(client: Client, how: str) -> None:
     with pytest.raises(MeshError, match=message) as caught:
         client.generate(PROMPT, steps=4, **options)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_scheduler_that_cannot_begin_with_a_picture_is_named(client: Client) -> None:
+    with pytest.raises(MeshError, match="scheduler must be one that can begin with a picture") as caught:
+        client.generate(PROMPT, steps=4, scheduler="IPNDM", image=a_picture())
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT

@@ -12,6 +12,14 @@ from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
 from tests.support.backends import load_first
 from tests.support.freezing import MODES, every_mode, handed_over, undisturbed
 
+# diffusers' IPNDM can't begin with a picture.
+CASES = [
+    (name, mode)
+    for name in sorted(SCHEDULERS)
+    for mode in MODES
+    if name != "IPNDM" or mode in ("text to image", "variation")
+]
+
 
 @pytest.fixture(scope="module")
 def model(models: Path) -> DiffusionModel:
@@ -28,8 +36,7 @@ def count() -> list[int]:
     return []
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_run_goes_on_from_every_evaluation_bit_by_bit(
     model: DiffusionModel, other: DiffusionModel, name: str, mode: str, count: list[int], figures: dict[str, str]
 ) -> None:

@@ -17,6 +17,13 @@ from tests.support.reference import draw, pipeline, scheduler, worst
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red fox on the water", 4, 8, 3.0
 MODES = ("text to image", "image to image", "inpainting", "ControlNet")
+# diffusers' IPNDM can't begin with a picture.
+CASES = [
+    (name, mode)
+    for name in sorted(SCHEDULERS)
+    for mode in MODES
+    if name != "IPNDM" or mode in ("text to image", "ControlNet")
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,7 @@ def the_pipelines(models: Path, name: str, mode: str, control_image: Image.Image
     return np.asarray((made * 255).round(), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_the_picture_is_the_pipelines(
     client: Client, models: Path, control_image: Image.Image, name: str, mode: str,
     farthest: dict[str, list[int]], figures: dict[str, str],

@@ -103,7 +103,14 @@ def from_noise(components: Any, state: PipelineState, variation: Variation) -> N
 def from_image(
     components: Any, state: PipelineState, image: ImageInputs, variation: Variation, scale: LatentScale
 ) -> None:
-    """Set the rest of the schedule and noise the picture's latents to where it begins."""
+    """Set the rest of the schedule and noise the picture's latents to where it begins.
+
+    Raises:
+        InvalidArgument: diffusers' scheduler can't add noise to a picture (IPNDM).
+    """
+    if not hasattr(components.scheduler, "add_noise"):
+        allowed = "one that can begin with a picture, or a request without"
+        raise InvalidArgument("scheduler", type(components.scheduler).__name__, allowed)
     state.set("strength", image.strength)
     _LATE_TIMESTEPS(components, state)
     generators = _generators(state)
