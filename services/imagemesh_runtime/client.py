@@ -93,9 +93,10 @@ class Peer:
         """
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += self.count("sent", request)
-        timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
         with self.failures():
             async with self.receiving(method) as receipts:
+                # Only now: seeking shared memory takes of the time, with a peer that hangs.
+                timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
                 call = method(request, timeout=timeout, metadata=(*self.metadata(), *receipts.metadata))
                 response = receipts.claim(await call)
                 await hop.end(call)

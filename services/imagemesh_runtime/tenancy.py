@@ -58,9 +58,10 @@ class Lodger:
             return None
 
     def close(self) -> None:
-        """Give it up."""
+        """Give it up; the memory goes with the last array of it."""
         if self._tenancy is not None:
             self._tenancy.close()
+            self._tenancy = None
 
 
 class Tenancy:

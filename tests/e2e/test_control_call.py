@@ -118,7 +118,11 @@ async def test_residuals_that_are_not_finite_are_not_used(controlnet: tuple[Reco
     [
         ({"side": 32}, "controls[0].image.shape must be [64, 64, 3], got [32, 64, 3]"),
         ({"inputs": "noise"}, "inputs must be a map of image_mean, image_log_variance, image_latents, mask, "),
-        ({"conditioning": "pooled"}, "conditioning must be a map of prompt_embeds and negative_prompt_embeds alone"),
+        (
+            {"conditioning": "pooled"},
+            "conditioning must be a map of prompt_embeds and negative_prompt_embeds and prompt_phases and "
+            "negative_prompt_phases alone",
+        ),
         ({"tokens": 0}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 0"),
         ({"tokens": 5000}, "conditioning['prompt_embeds'].shape[1] must be 1 to 4096, got 5000"),
     ],

@@ -112,7 +112,6 @@ def test_several_pictures(mesh: MeshHost) -> None:
         ({"scheduler_options": {"solver_order": [3]}}, "scheduler_options", "an object of numbers"),
         ({"guider_options": {"stop": {}}}, "guider_options", "an object of numbers"),
         ({"guider_options": {"stop": 2}}, "guider_options", "a number from 0 to 1"),
-        ({"guider": "SEG"}, "guider", "available: APG"),
         ({"seeds": [-1]}, "seeds.0", "a list of at most 64"),
         ({"hires": {"scale": 2, "upscaler": 3}}, "hires.upscaler", "a string of valid Unicode"),
         ({"hires": {"scale": 2, "sneed": 3}}, "hires.sneed", "left out (the fields are scale, width, height, upscaler"),
@@ -127,6 +126,13 @@ def test_a_bad_field_is_named_with_what_is_allowed(mesh: MeshHost, body: dict[st
     assert error["code"] == "INVALID_ARGUMENT"
     assert error["field"].startswith(field)
     assert said in error["message"]
+
+
+def test_an_unknown_guider_is_told_which_there_are(mesh: MeshHost) -> None:
+    error = post(mesh, COMMON | {"guider": "SEG"}).json()["error"]
+    assert error["code"] == "NOT_FOUND"
+    assert "guider 'SEG' not found" in error["message"]
+    assert "available: APG" in error["message"]
 
 
 def test_errors_know_every_field() -> None:
