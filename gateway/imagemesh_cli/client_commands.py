@@ -1,6 +1,7 @@
 """The commands that ask a gateway."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from imagemesh_cli.console import complain, print_json, print_table, progress_bar
-from imagemesh_client import Client, Control, GenerateOptions, Generation, Hires
+from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
 
@@ -163,3 +164,28 @@ def models(args: Namespace) -> int:
     if answer.unreachable:
         complain(f"not reachable: {', '.join(answer.unreachable)}; their models are missing from the list")
     return 0
+
+
+def schedulers(args: Namespace) -> int:
+    """List the schedulers that a generation can have."""
+    with Client(args.server, timeout=args.timeout) as client:
+        _tell_choices(client.sampling().schedulers, args.json)
+    return 0
+
+
+def guiders(args: Namespace) -> int:
+    """List the ways of guidance that a generation can have."""
+    with Client(args.server, timeout=args.timeout) as client:
+        _tell_choices(client.sampling().guiders, args.json)
+    return 0
+
+
+def _tell_choices(choices: Sequence[Choice], as_json: bool) -> None:
+    if as_json:
+        print_json([asdict(choice) for choice in choices])
+        return
+    rows = [
+        (one.name, one.class_name, one.about or ", ".join(f"{name}={value}" for name, value in one.options.items()))
+        for one in choices
+    ]
+    print_table(("NAME", "CLASS", "WHAT IT IS"), rows)

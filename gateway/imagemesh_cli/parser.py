@@ -32,6 +32,8 @@ def build_parser() -> ArgumentParser:
     _embed(command("embed", "client_commands:embed", "turn pictures into vectors"))
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
+    _client(command("schedulers", "client_commands:schedulers", "list the schedulers; --json tells their options"))
+    _client(command("guiders", "client_commands:guiders", "list the ways of guidance; --json tells their options"))
     return parser
 
 

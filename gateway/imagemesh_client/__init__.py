@@ -15,6 +15,7 @@ from imagemesh_client.job_types import Job, JobFailure, JobOptions
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync import Client
 from imagemesh_client.types import (
+    Choice,
     Classification,
     Control,
     Embeddings,
@@ -29,6 +30,7 @@ from imagemesh_client.types import (
     Progress,
     Queued,
     Result,
+    Sampling,
     Timing,
 )
 from imagemesh_client.vision import EmbedOptions
@@ -36,6 +38,7 @@ from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshErro
 
 __all__ = [
     "AsyncClient",
+    "Choice",
     "Classification",
     "Client",
     "Control",
@@ -61,6 +64,7 @@ __all__ = [
     "Queued",
     "RemoteError",
     "Result",
+    "Sampling",
     "Timing",
     "Unavailable",
 ]

@@ -13,7 +13,7 @@ from imagemesh_client.aio_jobs import AsyncJobs
 from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.requests import GenerateOptions, generate_request
-from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress
+from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import MeshError
@@ -161,6 +161,11 @@ class AsyncClient:
         """List what the mesh can run."""
         peer, stub = self._connect()
         return answers.models(await peer.unary(stub.ListModels, pb.ListModelsRequest()))
+
+    async def sampling(self) -> Sampling:
+        """Tell the schedulers and the guiders that there are, with their options."""
+        peer, stub = self._connect()
+        return answers.sampling(await peer.unary(stub.DescribeSampling, pb.DescribeSamplingRequest()))
 
     def _connect(self) -> tuple[Peer, rpc.GatewayServiceStub]:
         """The channel, which belongs to the event loop that first uses it."""

@@ -1,12 +1,14 @@
 """From answers to plain values."""
 
+import json
 from collections.abc import Callable
 
 from google.rpc import status_pb2
 
+from imagemesh.v1 import diffusion_service_pb2, model_service_pb2, vit_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import model_service_pb2, vit_service_pb2
 from imagemesh_client.types import (
+    Choice,
     Classification,
     Embeddings,
     Event,
@@ -19,6 +21,7 @@ from imagemesh_client.types import (
     Progress,
     Queued,
     Result,
+    Sampling,
     Timing,
 )
 from imagemesh_runtime.errors import RemoteError, Unavailable
@@ -154,3 +157,16 @@ def _model(info: model_service_pb2.ModelInfo) -> Model:
         loaded=info.loaded,
         properties=dict(info.properties),
     )
+
+
+def sampling(response: pb.DescribeSamplingResponse) -> Sampling:
+    """The schedulers and guiders there are."""
+    return Sampling(
+        tuple(_choice(info, "") for info in response.schedulers),
+        tuple(_choice(info, info.about) for info in response.guiders),
+    )
+
+
+def _choice(info: diffusion_service_pb2.SchedulerInfo | diffusion_service_pb2.GuiderInfo, about: str) -> Choice:
+    options = {name: json.loads(value) for name, value in sorted(info.options.items())}
+    return Choice(info.name, info.class_name, about, options, dict(sorted(info.accepts.items())))

@@ -75,7 +75,7 @@ class PromptOptions(TypedDict, total=False):
 class GuiderOptions(TypedDict, total=False):
     """How guidance is done."""
 
-    # "CFG" (the default), "APG", "PAG"...; DiffusionService.ListGuiders tells them.
+    # "CFG" (the default), "APG", "PAG"...; ``sampling()`` tells them.
     guider: str
     # Of the guider, such as {"guidance_rescale": 0.7}.
     guider_options: Mapping[str, bool | float | str | Sequence[str]]
@@ -96,7 +96,7 @@ class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions,
     height: int | None
     # "Euler a", "DPM++ 2M Karras"..., or a diffusers class name.
     scheduler: str
-    # Of the named scheduler, such as {"solver_order": 3}; DiffusionService.ListSchedulers tells them.
+    # Of the named scheduler, such as {"solver_order": 3}; ``sampling()`` tells them.
     scheduler_options: Mapping[str, bool | float | str]
     # Layers of the text encoder to leave out, from the last.
     clip_skip: int

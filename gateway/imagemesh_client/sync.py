@@ -12,7 +12,7 @@ from imagemesh_client.images import ImageInput
 from imagemesh_client.loop_thread import LoopThread
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync_jobs import Jobs
-from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress
+from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName
 from imagemesh_runtime.errors import MeshError
 
@@ -111,3 +111,7 @@ class Client:
     def models(self) -> Models:
         """List what the mesh can run."""
         return self._thread.run(self._async.models())
+
+    def sampling(self) -> Sampling:
+        """Tell the schedulers and the guiders that there are, with their options."""
+        return self._thread.run(self._async.sampling())

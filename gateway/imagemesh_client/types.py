@@ -229,3 +229,29 @@ class Models:
 
     def __len__(self) -> int:
         return len(self.models)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A scheduler or a guider by its name.
+
+    Attributes:
+        class_name: diffusers' class behind it.
+        about: what it does, where the mesh says so.
+        options: what the name stands for, or what is taken where a request says nothing.
+        accepts: the options that a request may set, and to which values, in words.
+    """
+
+    name: str
+    class_name: str
+    about: str
+    options: Mapping[str, object]
+    accepts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What ``generate`` takes as its scheduler and its guider."""
+
+    schedulers: tuple[Choice, ...]
+    guiders: tuple[Choice, ...]

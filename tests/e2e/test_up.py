@@ -72,6 +72,18 @@ async def test_every_service_of_the_mesh_answers() -> None:
     assert len(embeddings) == 2
 
 
+async def test_every_scheduler_and_guider_that_is_told_of_can_be_had() -> None:
+    async with fake_mesh() as mesh, AsyncClient(mesh.grpc_address) as client:
+        told = await client.sampling()
+        for choice in told.schedulers:
+            await client.generate("hi", steps=1, guidance=1.0, scheduler=choice.name)
+    assert len(told.schedulers) == 59
+    assert {"CFG", "APG", "PAG"} <= {choice.name for choice in told.guiders}
+    assert {choice.name: choice.class_name for choice in told.schedulers}[
+        "Euler a"
+    ] == "EulerAncestralDiscreteScheduler"
+
+
 async def test_an_embedding_names_the_model_and_what_ran_it() -> None:
     async with fake_mesh() as mesh, grpc.aio.insecure_channel(mesh.grpc_address) as channel:
         picture = image_pb2.Image(pixels=to_proto(np.zeros((8, 8, 3), dtype=np.uint8)))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imagemesh.v1 import diffusion_service_pb2, model_service_pb2, vit_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
-from imagemesh.v1 import model_service_pb2, vit_service_pb2
 from imagemesh_runtime.config import ServerConfig
 from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.metrics import Metrics
@@ -83,6 +83,17 @@ class RecordingGateway(rpc.GatewayServiceServicer):
             properties={"width": "64"},
         )  # fmt: skip
         return pb.ListModelsResponse(models=[info], unreachable=["vit"])
+
+    async def DescribeSampling(self, request: pb.DescribeSamplingRequest, context: Any) -> pb.DescribeSamplingResponse:
+        self._note(request)
+        scheduler = diffusion_service_pb2.SchedulerInfo(
+            name="DPM++ 2M", class_name="DPMSolverMultistepScheduler", options={"solver_order": "2"},
+            accepts={"solver_order": "1 to 3"},
+        )  # fmt: skip
+        guider = diffusion_service_pb2.GuiderInfo(
+            name="APG", class_name="Adaptive", about="turns", accepts={"eta": "0 to 1"}
+        )
+        return pb.DescribeSamplingResponse(schedulers=[scheduler], guiders=[guider])
 
 
 def _result(request: pb.GenerateRequest) -> pb.GenerateResult:

@@ -112,11 +112,11 @@ def test_every_module_says_what_it_is_for():
 
 
 PUBLIC = [
-    "AsyncClient", "Classification", "Client", "Control", "DeadlineExceeded", "EmbedOptions",
+    "AsyncClient", "Choice", "Classification", "Client", "Control", "DeadlineExceeded", "EmbedOptions",
     "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
-    "MeshError", "Model", "Models", "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result", "Timing",
-    "Unavailable",
+    "MeshError", "Model", "Models", "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result",
+    "Sampling", "Timing", "Unavailable",
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_clients_public_names_are_these():
 def test_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Client, AsyncClient))
     vision = {"classify", "classify_stream", "embed", "embed_stream"}
-    assert sync == aio == vision | {"close", "generate", "models", "stream"}
+    assert sync == aio == vision | {"close", "generate", "models", "sampling", "stream"}
 
 
 def test_the_jobs_of_both_clients_have_the_same_methods():

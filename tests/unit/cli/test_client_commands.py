@@ -152,6 +152,22 @@ def test_models_prints_a_table_and_who_is_missing(run: Run) -> None:
     assert (code, err) == (0, "imagemesh: not reachable: vit; their models are missing from the list\n")
 
 
+def test_schedulers_and_guiders_are_tables(run: Run) -> None:
+    code, out, err = run("schedulers")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].split() == ["DPM++", "2M", "DPMSolverMultistepScheduler", "solver_order=2"]
+    assert run("guiders")[1].splitlines()[1].split() == ["APG", "Adaptive", "turns"]
+
+
+def test_schedulers_as_json_tell_what_they_accept(run: Run) -> None:
+    (told,) = json.loads(run("schedulers", "--json")[1])
+    assert (told["name"], told["options"], told["accepts"]) == (
+        "DPM++ 2M",
+        {"solver_order": 2},
+        {"solver_order": "1 to 3"},
+    )
+
+
 def test_models_as_json(run: Run) -> None:
     code, out, err = run("models", "--json")
     model = {"name": "sd-tiny", "role": "diffusion", "backend": "torch", "dtype": "float32", "device": "cpu",

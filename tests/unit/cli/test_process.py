@@ -17,7 +17,9 @@ RUN = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     "from imagemesh_cli.main import main; sys.exit(main())"
 )
-COMMANDS = ("up", "serve", "demo", "generate", "classify", "embed", "models")
+COMMANDS = (
+    "up", "serve", "tune", "demo", "generate", "classify", "embed", "jobs", "models", "schedulers", "guiders"
+)  # fmt: skip
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:

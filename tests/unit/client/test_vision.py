@@ -13,6 +13,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import tensor_pb2, vit_service_pb2
 from imagemesh_client import (
     AsyncClient,
+    Choice,
     Classification,
     Client,
     Embeddings,
@@ -20,6 +21,7 @@ from imagemesh_client import (
     InvalidArgument,
     Model,
     Prediction,
+    Sampling,
 )
 from imagemesh_runtime import images
 from tests.support.recording_gateway import RecordingGateway, png
@@ -136,6 +138,14 @@ def test_models_lists_models_and_who_did_not_answer(gateway: RecordingGateway) -
     assert list(models) == [Model("sd-tiny", "diffusion", "torch", "float32", "cpu", True, {"width": "64"})]
     assert (len(models), models.unreachable) == (1, ("vit",))
     assert gateway.requests == [pb.ListModelsRequest()]
+
+
+def test_sampling_tells_schedulers_and_guiders_with_their_options(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client:
+        told = client.sampling()
+    scheduler = Choice("DPM++ 2M", "DPMSolverMultistepScheduler", "", {"solver_order": 2}, {"solver_order": "1 to 3"})
+    assert told == Sampling((scheduler,), (Choice("APG", "Adaptive", "turns", {}, {"eta": "0 to 1"}),))
+    assert gateway.requests == [pb.DescribeSamplingRequest()]
 
 
 async def test_sync_and_async_answers_are_the_same(gateway: RecordingGateway) -> None:

@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from imagemesh.v1 import diffusion_service_pb2 as imagemesh_dot_v1_dot_diffusion__service__pb2
 from imagemesh.v1 import image_pb2 as imagemesh_dot_v1_dot_image__pb2
 from imagemesh.v1 import model_service_pb2 as imagemesh_dot_v1_dot_model__service__pb2
 from imagemesh.v1 import priority_pb2 as imagemesh_dot_v1_dot_priority__pb2
@@ -29,7 +30,7 @@ from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 from imagemesh.v1 import vit_service_pb2 as imagemesh_dot_v1_dot_vit__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"imagemesh/v1/gateway_service.proto\x12\x0cimagemesh.v1\x1a\x18imagemesh/v1/image.proto\x1a imagemesh/v1/model_service.proto\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\x1a\x1eimagemesh/v1/vit_service.proto\"\xa0\x08\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x12\n\x05steps\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x02\x88\x01\x01\x12\x17\n\nnum_images\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\tclip_skip\x18\x0b \x01(\r\x12/\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x1d.imagemesh.v1.GenerateControl\x12\"\n\x05image\x18\r \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x15\n\x08strength\x18\x0e \x01(\x01H\x04\x88\x01\x01\x12!\n\x04mask\x18\x0f \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x13\n\x0binvert_mask\x18\x10 \x01(\x08\x12\x11\n\tmask_blur\x18\x11 \x01(\r\x12\x15\n\rkeep_unmasked\x18\x12 \x01(\x08\x12(\n\x08priority\x18\x13 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12N\n\x11scheduler_options\x18\x14 \x03(\x0b\x32\x33.imagemesh.v1.GenerateRequest.SchedulerOptionsEntry\x12\r\n\x05seeds\x18\x15 \x03(\x04\x12\x1a\n\x12variation_strength\x18\x16 \x01(\x01\x12\x1b\n\x0evariation_seed\x18\x17 \x01(\x04H\x05\x88\x01\x01\x12\x15\n\rpreview_every\x18\x18 \x01(\r\x12\x19\n\x0cmask_padding\x18\x19 \x01(\rH\x06\x88\x01\x01\x12*\n\x05hires\x18\x1a \x01(\x0b\x32\x1b.imagemesh.v1.GenerateHires\x12\x16\n\x0eliteral_prompt\x18\x1e \x01(\x08\x12\x0e\n\x06guider\x18  \x01(\t\x12H\n\x0eguider_options\x18! \x03(\x0b\x32\x30.imagemesh.v1.GenerateRequest.GuiderOptionsEntry\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\r\n\x0b_num_imagesB\x0b\n\t_strengthB\x11\n\x0f_variation_seedB\x0f\n\r_mask_padding\"\xa4\x01\n\rGenerateHires\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\x10\n\x08upscaler\x18\x04 \x01(\t\x12\x12\n\x05steps\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08strength\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tscheduler\x18\x07 \x01(\tB\x08\n\x06_stepsB\x0b\n\t_strength\"b\n\x0fGenerateControl\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x12\n\x05scale\x18\x03 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\xaf\x01\n\x10GenerateResponse\x12.\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.imagemesh.v1.GenerateQueuedH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.imagemesh.v1.GenerateProgressH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.imagemesh.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent\".\n\x0eGenerateQueued\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"A\n\x10GenerateProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x10\n\x08previews\x18\x03 \x03(\x0c\"\xac\x01\n\x0eGenerateResult\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x06images\x18\x02 \x03(\x0b\x32\x1c.imagemesh.v1.GeneratedImage\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .imagemesh.v1.GenerateParameters\x12*\n\x07timings\x18\x04 \x03(\x0b\x32\x19.imagemesh.v1.StageTiming\"+\n\x0eGeneratedImage\x12\x0b\n\x03png\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x98\x04\n\x12GenerateParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x07 \x01(\x02\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x11\n\tclip_skip\x18\n \x01(\r\x12@\n\x08\x62\x61\x63kends\x18\x0b \x03(\x0b\x32..imagemesh.v1.GenerateParameters.BackendsEntry\x12\x1b\n\x0evariation_seed\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12variation_strength\x18\r \x01(\x01\x12\x0e\n\x06guider\x18\x0e \x01(\t\x12K\n\x0eguider_options\x18\x0f \x03(\x0b\x32\x33.imagemesh.v1.GenerateParameters.GuiderOptionsEntry\x1a/\n\rBackendsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_variation_seed\"\x89\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\"u\n\x0f\x43lassifyRequest\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tthreshold\x18\x04 \x01(\x02\x12\x0c\n\x04size\x18\x05 \x01(\r\"i\n\x10\x43lassifyResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.imagemesh.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\"\xee\x01\n\x0c\x45mbedRequest\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x11\n\tnormalize\x18\x04 \x01(\x08\x12\x15\n\rhidden_states\x18\x05 \x01(\x08\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.imagemesh.v1.Dtype\x12\x0c\n\x04size\x18\x08 \x01(\r\x12\x16\n\x0e\x61ttention_maps\x18\t \x01(\x08\"\xc4\x01\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12+\n\rhidden_states\x18\x04 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12$\n\x06scales\x18\x05 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0e\x61ttention_maps\x18\x06 \x03(\x0c\"G\n\x15\x43lassifyStreamRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.imagemesh.v1.ClassifyRequest\"\x92\x01\n\x16\x43lassifyStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.imagemesh.v1.ClassifyResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"A\n\x12\x45mbedStreamRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.EmbedRequest\"\x8c\x01\n\x13\x45mbedStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.imagemesh.v1.EmbedResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"\x13\n\x11ListModelsRequest\"R\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.ModelInfo\x12\x13\n\x0bunreachable\x18\x02 \x03(\t2\xf4\x03\n\x0eGatewayService\x12K\n\x08Generate\x12\x1d.imagemesh.v1.GenerateRequest\x1a\x1e.imagemesh.v1.GenerateResponse0\x01\x12I\n\x08\x43lassify\x12\x1d.imagemesh.v1.ClassifyRequest\x1a\x1e.imagemesh.v1.ClassifyResponse\x12@\n\x05\x45mbed\x12\x1a.imagemesh.v1.EmbedRequest\x1a\x1b.imagemesh.v1.EmbedResponse\x12_\n\x0e\x43lassifyStream\x12#.imagemesh.v1.ClassifyStreamRequest\x1a$.imagemesh.v1.ClassifyStreamResponse(\x01\x30\x01\x12V\n\x0b\x45mbedStream\x12 .imagemesh.v1.EmbedStreamRequest\x1a!.imagemesh.v1.EmbedStreamResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.imagemesh.v1.ListModelsRequest\x1a .imagemesh.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"imagemesh/v1/gateway_service.proto\x12\x0cimagemesh.v1\x1a$imagemesh/v1/diffusion_service.proto\x1a\x18imagemesh/v1/image.proto\x1a imagemesh/v1/model_service.proto\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\x1a\x1eimagemesh/v1/vit_service.proto\"\xa0\x08\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x12\n\x05steps\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x02\x88\x01\x01\x12\x17\n\nnum_images\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\tclip_skip\x18\x0b \x01(\r\x12/\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x1d.imagemesh.v1.GenerateControl\x12\"\n\x05image\x18\r \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x15\n\x08strength\x18\x0e \x01(\x01H\x04\x88\x01\x01\x12!\n\x04mask\x18\x0f \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x13\n\x0binvert_mask\x18\x10 \x01(\x08\x12\x11\n\tmask_blur\x18\x11 \x01(\r\x12\x15\n\rkeep_unmasked\x18\x12 \x01(\x08\x12(\n\x08priority\x18\x13 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12N\n\x11scheduler_options\x18\x14 \x03(\x0b\x32\x33.imagemesh.v1.GenerateRequest.SchedulerOptionsEntry\x12\r\n\x05seeds\x18\x15 \x03(\x04\x12\x1a\n\x12variation_strength\x18\x16 \x01(\x01\x12\x1b\n\x0evariation_seed\x18\x17 \x01(\x04H\x05\x88\x01\x01\x12\x15\n\rpreview_every\x18\x18 \x01(\r\x12\x19\n\x0cmask_padding\x18\x19 \x01(\rH\x06\x88\x01\x01\x12*\n\x05hires\x18\x1a \x01(\x0b\x32\x1b.imagemesh.v1.GenerateHires\x12\x16\n\x0eliteral_prompt\x18\x1e \x01(\x08\x12\x0e\n\x06guider\x18  \x01(\t\x12H\n\x0eguider_options\x18! \x03(\x0b\x32\x30.imagemesh.v1.GenerateRequest.GuiderOptionsEntry\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\r\n\x0b_num_imagesB\x0b\n\t_strengthB\x11\n\x0f_variation_seedB\x0f\n\r_mask_padding\"\xa4\x01\n\rGenerateHires\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\x10\n\x08upscaler\x18\x04 \x01(\t\x12\x12\n\x05steps\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08strength\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tscheduler\x18\x07 \x01(\tB\x08\n\x06_stepsB\x0b\n\t_strength\"b\n\x0fGenerateControl\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.imagemesh.v1.Image\x12\x12\n\x05scale\x18\x03 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\xaf\x01\n\x10GenerateResponse\x12.\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.imagemesh.v1.GenerateQueuedH\x00\x12\x32\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.imagemesh.v1.GenerateProgressH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.imagemesh.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent\".\n\x0eGenerateQueued\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"A\n\x10GenerateProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x10\n\x08previews\x18\x03 \x03(\x0c\"\xac\x01\n\x0eGenerateResult\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x06images\x18\x02 \x03(\x0b\x32\x1c.imagemesh.v1.GeneratedImage\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .imagemesh.v1.GenerateParameters\x12*\n\x07timings\x18\x04 \x03(\x0b\x32\x19.imagemesh.v1.StageTiming\"+\n\x0eGeneratedImage\x12\x0b\n\x03png\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x98\x04\n\x12GenerateParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x07 \x01(\x02\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x11\n\tclip_skip\x18\n \x01(\r\x12@\n\x08\x62\x61\x63kends\x18\x0b \x03(\x0b\x32..imagemesh.v1.GenerateParameters.BackendsEntry\x12\x1b\n\x0evariation_seed\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12variation_strength\x18\r \x01(\x01\x12\x0e\n\x06guider\x18\x0e \x01(\t\x12K\n\x0eguider_options\x18\x0f \x03(\x0b\x32\x33.imagemesh.v1.GenerateParameters.GuiderOptionsEntry\x1a/\n\rBackendsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_variation_seed\"\x89\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\"u\n\x0f\x43lassifyRequest\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tthreshold\x18\x04 \x01(\x02\x12\x0c\n\x04size\x18\x05 \x01(\r\"i\n\x10\x43lassifyResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.imagemesh.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\"\xee\x01\n\x0c\x45mbedRequest\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x11\n\tnormalize\x18\x04 \x01(\x08\x12\x15\n\rhidden_states\x18\x05 \x01(\x08\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.imagemesh.v1.Dtype\x12\x0c\n\x04size\x18\x08 \x01(\r\x12\x16\n\x0e\x61ttention_maps\x18\t \x01(\x08\"\xc4\x01\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12+\n\rhidden_states\x18\x04 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12$\n\x06scales\x18\x05 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0e\x61ttention_maps\x18\x06 \x03(\x0c\"G\n\x15\x43lassifyStreamRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.imagemesh.v1.ClassifyRequest\"\x92\x01\n\x16\x43lassifyStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.imagemesh.v1.ClassifyResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"A\n\x12\x45mbedStreamRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.EmbedRequest\"\x8c\x01\n\x13\x45mbedStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.imagemesh.v1.EmbedResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"\x19\n\x17\x44\x65scribeSamplingRequest\"v\n\x18\x44\x65scribeSamplingResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\x12)\n\x07guiders\x18\x02 \x03(\x0b\x32\x18.imagemesh.v1.GuiderInfo\"\x13\n\x11ListModelsRequest\"R\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.ModelInfo\x12\x13\n\x0bunreachable\x18\x02 \x03(\t2\xd7\x04\n\x0eGatewayService\x12K\n\x08Generate\x12\x1d.imagemesh.v1.GenerateRequest\x1a\x1e.imagemesh.v1.GenerateResponse0\x01\x12I\n\x08\x43lassify\x12\x1d.imagemesh.v1.ClassifyRequest\x1a\x1e.imagemesh.v1.ClassifyResponse\x12@\n\x05\x45mbed\x12\x1a.imagemesh.v1.EmbedRequest\x1a\x1b.imagemesh.v1.EmbedResponse\x12_\n\x0e\x43lassifyStream\x12#.imagemesh.v1.ClassifyStreamRequest\x1a$.imagemesh.v1.ClassifyStreamResponse(\x01\x30\x01\x12V\n\x0b\x45mbedStream\x12 .imagemesh.v1.EmbedStreamRequest\x1a!.imagemesh.v1.EmbedStreamResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.imagemesh.v1.ListModelsRequest\x1a .imagemesh.v1.ListModelsResponse\x12\x61\n\x10\x44\x65scribeSampling\x12%.imagemesh.v1.DescribeSamplingRequest\x1a&.imagemesh.v1.DescribeSamplingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,54 +45,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEPARAMETERS_BACKENDSENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._loaded_options = None
   _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=201
-  _globals['_GENERATEREQUEST']._serialized_end=1257
-  _globals['_GENERATEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_start=1046
-  _globals['_GENERATEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_end=1101
-  _globals['_GENERATEREQUEST_GUIDEROPTIONSENTRY']._serialized_start=1103
-  _globals['_GENERATEREQUEST_GUIDEROPTIONSENTRY']._serialized_end=1155
-  _globals['_GENERATEHIRES']._serialized_start=1260
-  _globals['_GENERATEHIRES']._serialized_end=1424
-  _globals['_GENERATECONTROL']._serialized_start=1426
-  _globals['_GENERATECONTROL']._serialized_end=1524
-  _globals['_GENERATERESPONSE']._serialized_start=1527
-  _globals['_GENERATERESPONSE']._serialized_end=1702
-  _globals['_GENERATEQUEUED']._serialized_start=1704
-  _globals['_GENERATEQUEUED']._serialized_end=1750
-  _globals['_GENERATEPROGRESS']._serialized_start=1752
-  _globals['_GENERATEPROGRESS']._serialized_end=1817
-  _globals['_GENERATERESULT']._serialized_start=1820
-  _globals['_GENERATERESULT']._serialized_end=1992
-  _globals['_GENERATEDIMAGE']._serialized_start=1994
-  _globals['_GENERATEDIMAGE']._serialized_end=2037
-  _globals['_GENERATEPARAMETERS']._serialized_start=2040
-  _globals['_GENERATEPARAMETERS']._serialized_end=2576
-  _globals['_GENERATEPARAMETERS_BACKENDSENTRY']._serialized_start=2456
-  _globals['_GENERATEPARAMETERS_BACKENDSENTRY']._serialized_end=2503
-  _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._serialized_start=1103
-  _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._serialized_end=1155
-  _globals['_STAGETIMING']._serialized_start=2579
-  _globals['_STAGETIMING']._serialized_end=2716
-  _globals['_CLASSIFYREQUEST']._serialized_start=2718
-  _globals['_CLASSIFYREQUEST']._serialized_end=2835
-  _globals['_CLASSIFYRESPONSE']._serialized_start=2837
-  _globals['_CLASSIFYRESPONSE']._serialized_end=2942
-  _globals['_EMBEDREQUEST']._serialized_start=2945
-  _globals['_EMBEDREQUEST']._serialized_end=3183
-  _globals['_EMBEDRESPONSE']._serialized_start=3186
-  _globals['_EMBEDRESPONSE']._serialized_end=3382
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=3384
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=3455
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=3458
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=3604
-  _globals['_EMBEDSTREAMREQUEST']._serialized_start=3606
-  _globals['_EMBEDSTREAMREQUEST']._serialized_end=3671
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=3674
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=3814
-  _globals['_LISTMODELSREQUEST']._serialized_start=3816
-  _globals['_LISTMODELSREQUEST']._serialized_end=3835
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3837
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3919
-  _globals['_GATEWAYSERVICE']._serialized_start=3922
-  _globals['_GATEWAYSERVICE']._serialized_end=4422
+  _globals['_GENERATEREQUEST']._serialized_start=239
+  _globals['_GENERATEREQUEST']._serialized_end=1295
+  _globals['_GENERATEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_start=1084
+  _globals['_GENERATEREQUEST_SCHEDULEROPTIONSENTRY']._serialized_end=1139
+  _globals['_GENERATEREQUEST_GUIDEROPTIONSENTRY']._serialized_start=1141
+  _globals['_GENERATEREQUEST_GUIDEROPTIONSENTRY']._serialized_end=1193
+  _globals['_GENERATEHIRES']._serialized_start=1298
+  _globals['_GENERATEHIRES']._serialized_end=1462
+  _globals['_GENERATECONTROL']._serialized_start=1464
+  _globals['_GENERATECONTROL']._serialized_end=1562
+  _globals['_GENERATERESPONSE']._serialized_start=1565
+  _globals['_GENERATERESPONSE']._serialized_end=1740
+  _globals['_GENERATEQUEUED']._serialized_start=1742
+  _globals['_GENERATEQUEUED']._serialized_end=1788
+  _globals['_GENERATEPROGRESS']._serialized_start=1790
+  _globals['_GENERATEPROGRESS']._serialized_end=1855
+  _globals['_GENERATERESULT']._serialized_start=1858
+  _globals['_GENERATERESULT']._serialized_end=2030
+  _globals['_GENERATEDIMAGE']._serialized_start=2032
+  _globals['_GENERATEDIMAGE']._serialized_end=2075
+  _globals['_GENERATEPARAMETERS']._serialized_start=2078
+  _globals['_GENERATEPARAMETERS']._serialized_end=2614
+  _globals['_GENERATEPARAMETERS_BACKENDSENTRY']._serialized_start=2494
+  _globals['_GENERATEPARAMETERS_BACKENDSENTRY']._serialized_end=2541
+  _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._serialized_start=1141
+  _globals['_GENERATEPARAMETERS_GUIDEROPTIONSENTRY']._serialized_end=1193
+  _globals['_STAGETIMING']._serialized_start=2617
+  _globals['_STAGETIMING']._serialized_end=2754
+  _globals['_CLASSIFYREQUEST']._serialized_start=2756
+  _globals['_CLASSIFYREQUEST']._serialized_end=2873
+  _globals['_CLASSIFYRESPONSE']._serialized_start=2875
+  _globals['_CLASSIFYRESPONSE']._serialized_end=2980
+  _globals['_EMBEDREQUEST']._serialized_start=2983
+  _globals['_EMBEDREQUEST']._serialized_end=3221
+  _globals['_EMBEDRESPONSE']._serialized_start=3224
+  _globals['_EMBEDRESPONSE']._serialized_end=3420
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=3422
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=3493
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=3496
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=3642
+  _globals['_EMBEDSTREAMREQUEST']._serialized_start=3644
+  _globals['_EMBEDSTREAMREQUEST']._serialized_end=3709
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=3712
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=3852
+  _globals['_DESCRIBESAMPLINGREQUEST']._serialized_start=3854
+  _globals['_DESCRIBESAMPLINGREQUEST']._serialized_end=3879
+  _globals['_DESCRIBESAMPLINGRESPONSE']._serialized_start=3881
+  _globals['_DESCRIBESAMPLINGRESPONSE']._serialized_end=3999
+  _globals['_LISTMODELSREQUEST']._serialized_start=4001
+  _globals['_LISTMODELSREQUEST']._serialized_end=4020
+  _globals['_LISTMODELSRESPONSE']._serialized_start=4022
+  _globals['_LISTMODELSRESPONSE']._serialized_end=4104
+  _globals['_GATEWAYSERVICE']._serialized_start=4107
+  _globals['_GATEWAYSERVICE']._serialized_end=4706
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from imagemesh.v1 import diffusion_service_pb2 as _diffusion_service_pb2
 from imagemesh.v1 import image_pb2 as _image_pb2
 from imagemesh.v1 import model_service_pb2 as _model_service_pb2
 from imagemesh.v1 import priority_pb2 as _priority_pb2
@@ -855,6 +856,45 @@ class EmbedStreamResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___EmbedStreamResponse: _TypeAlias = EmbedStreamResponse  # noqa: Y015
+
+@_typing.final
+class DescribeSamplingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeSamplingRequest: _TypeAlias = DescribeSamplingRequest  # noqa: Y015
+
+@_typing.final
+class DescribeSamplingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEDULERS_FIELD_NUMBER: _builtins.int
+    GUIDERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def schedulers(self) -> _containers.RepeatedCompositeFieldContainer[_diffusion_service_pb2.SchedulerInfo]: ...
+    @_builtins.property
+    def guiders(self) -> _containers.RepeatedCompositeFieldContainer[_diffusion_service_pb2.GuiderInfo]: ...
+    def __init__(
+        self,
+        *,
+        schedulers: _abc.Iterable[_diffusion_service_pb2.SchedulerInfo] | None = ...,
+        guiders: _abc.Iterable[_diffusion_service_pb2.GuiderInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guiders", b"guiders", "schedulers", b"schedulers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeSamplingResponse: _TypeAlias = DescribeSamplingResponse  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

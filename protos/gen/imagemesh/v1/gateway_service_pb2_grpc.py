@@ -65,6 +65,11 @@ class GatewayServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.DescribeSampling = channel.unary_unary(
+                '/imagemesh.v1.GatewayService/DescribeSampling',
+                request_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServiceServicer:
@@ -113,6 +118,13 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeSampling(self, request, context):
+        """Tells the schedulers and the guiders that Generate takes, with their options.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'DescribeSampling': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeSampling,
+                    request_deserializer=imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +327,33 @@ class GatewayService:
             '/imagemesh.v1.GatewayService/ListModels',
             imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsRequest.SerializeToString,
             imagemesh_dot_v1_dot_gateway__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeSampling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.GatewayService/DescribeSampling',
+            imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingRequest.SerializeToString,
+            imagemesh_dot_v1_dot_gateway__service__pb2.DescribeSamplingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class GatewayServiceStub:
     """Embed for long lists, likewise."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.ListModelsRequest, _gateway_service_pb2.ListModelsResponse]
     """Lists what the mesh can run."""
+    DescribeSampling: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.DescribeSamplingRequest, _gateway_service_pb2.DescribeSamplingResponse]
+    """Tells the schedulers and the guiders that Generate takes, with their options."""
 
 @_typing.type_check_only
 class GatewayServiceAsyncStub(GatewayServiceStub):
@@ -63,6 +65,8 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """Embed for long lists, likewise."""
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.ListModelsRequest, _gateway_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists what the mesh can run."""
+    DescribeSampling: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.DescribeSamplingRequest, _gateway_service_pb2.DescribeSamplingResponse]  # type: ignore[assignment]
+    """Tells the schedulers and the guiders that Generate takes, with their options."""
 
 class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
     """The mesh's front door."""
@@ -114,5 +118,13 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_service_pb2.ListModelsResponse, _abc.Awaitable[_gateway_service_pb2.ListModelsResponse]]:
         """Lists what the mesh can run."""
+
+    @_abc_1.abstractmethod
+    def DescribeSampling(
+        self,
+        request: _gateway_service_pb2.DescribeSamplingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_service_pb2.DescribeSamplingResponse, _abc.Awaitable[_gateway_service_pb2.DescribeSamplingResponse]]:
+        """Tells the schedulers and the guiders that Generate takes, with their options."""
 
 def add_GatewayServiceServicer_to_server(servicer: GatewayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
