@@ -38,11 +38,15 @@ class Schema:
     Attributes:
         is_tensor: the type is ``Tensor`` itself.
         fields: by number, the type behind the field and whether it may occur but once.
+        is_entry: the type is an entry of a map. One with an unknown field is itself kept among the unknown fields.
     """
 
     is_tensor: bool = False
+    is_entry: bool = False
     fields: Mapping[int, tuple["Schema", bool]] = field(default_factory=dict)
 
+
+_ENTRY_FIELDS: Final = 2  # the key and the value
 
 _KNOWN: dict[str, Schema | None] = {}
 
@@ -57,7 +61,8 @@ def schema_of(descriptor: Any) -> Schema | None:
         else:
             behind = {one.number: (schema_of(one.message_type), not one.is_repeated) for one in _messages(descriptor)}
             fields = {number: (schema, once) for number, (schema, once) in behind.items() if schema is not None}
-            _KNOWN[name] = Schema(fields=fields) if fields else None
+            is_entry = descriptor.GetOptions().map_entry
+            _KNOWN[name] = Schema(fields=fields, is_entry=is_entry) if fields else None
     return _KNOWN[name]
 
 
@@ -119,6 +124,8 @@ class Walk:
         while at < end:
             start = at
             number, kind, body, at = self.field(at, end)
+            if schema.is_entry and (number > _ENTRY_FIELDS or kind != BYTES):  # our maps' keys are strings
+                raise Unusual
             if number not in schema.fields:
                 continue
             behind, once = schema.fields[number]

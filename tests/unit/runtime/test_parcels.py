@@ -188,6 +188,17 @@ def test_odd_messages_have_protobufs_own_outcome(data: bytes) -> None:
     assert outcome(lambda: restored(Parcel.from_bytes(kind, data))) == outcome(lambda: kind.FromString(data))
 
 
+def test_an_entry_of_a_map_with_a_field_that_nobody_knows_has_protobufs_own_outcome() -> None:
+    """protobuf keeps such an entry whole among the unknown fields, with its payload."""
+    kind = diffusion_service_pb2.SampleRequest
+    number = kind.DESCRIPTOR.fields_by_name["conditioning"].number
+    entry = field(1, b"name") + field(2, HEAD + field(3, b"aaaa"))
+    for data in (field(number, entry + field(5, b"")), field(number, b"\x08\x01" + entry), field(number, entry)):
+        assert outcome(lambda data=data: restored(Parcel.from_bytes(kind, data))) == outcome(
+            lambda data=data: kind.FromString(data)
+        )
+
+
 def test_payloads_are_views_of_the_message_and_cannot_be_written() -> None:
     array = np.arange(4096, dtype=np.uint8).reshape(64, 64)  # of one byte: aligned wherever it lies
     data = vae_service_pb2.DecodeLatentsResponse(images=to_proto(array), backend="x").SerializeToString()
