@@ -13,7 +13,7 @@ import pytest
 
 from imagemesh_client import AsyncClient, MeshError
 from tests.support.fleet import Fleet, fleet, gateway_before
-from tests.support.migration import EVERY, Round, together
+from tests.support.migration import EVERY, Round, reached, together
 from tests.support.reference import worst
 from tests.support.tampered import DEADLY, EXIT_CODE, repeated
 
@@ -37,7 +37,7 @@ async def test_a_killed_replicas_generations_end_at_the_other_byte_by_byte(
 ) -> None:
     found, address = pair
     found.restart()
-    found.record.read()
+    await reached(found, address)
     victim = found.replicas[0].process
     made = await together(address, SCHEDULERS, victim.kill)
     assert victim.wait(timeout=30) < 0
@@ -52,7 +52,7 @@ async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(
 ) -> None:
     found, address = pair
     found.restart()
-    found.record.read()
+    await reached(found, address)
     victim, survivor = found.replicas[0].process, found.replicas[1].process
     before = found.metric(1, "imagemesh_step_seconds_count")
     made = await together(address, SCHEDULERS, victim.terminate)

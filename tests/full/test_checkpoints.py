@@ -40,7 +40,7 @@ def count() -> list[int]:
 def test_a_run_goes_on_from_every_evaluation_bit_by_bit(
     model: DiffusionModel, other: DiffusionModel, name: str, mode: str, count: list[int], figures: dict[str, str]
 ) -> None:
-    inputs = dataclasses.replace(every_mode(32)[mode], scheduler=find_scheduler(name), steps=8)
+    inputs = dataclasses.replace(every_mode(32)[mode], scheduler=find_scheduler(name), steps=5)
     wanted = undisturbed(model, inputs)
     for at in range(model.start(inputs).evaluations):
         np.testing.assert_array_equal(handed_over(model, other, inputs, at), wanted, err_msg=f"at {at}")

@@ -12,7 +12,7 @@ import pytest
 
 from imagemesh_services.diffusion.schedulers import SCHEDULERS
 from tests.support.fleet import Fleet, fleet, gateway_before
-from tests.support.migration import EVERY, Round, together
+from tests.support.migration import EVERY, Round, reached, together
 from tests.support.reference import worst
 from tests.support.tampered import repeated
 
@@ -41,7 +41,7 @@ class Pair:
         self.replicas.restart()
         self._victim = 1 - self._victim
         victim = self.replicas.replicas[self._victim].process
-        self.replicas.record.read()
+        await reached(self.replicas, self.address)
         made = await together(self.address, group, lambda: os.kill(victim.pid, how))
         assert victim.wait(timeout=120) == (0 if how is signal.SIGTERM else -how)
         done = self.replicas.record.read()

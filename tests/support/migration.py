@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from imagemesh_client import AsyncClient, Progress
+from tests.support.fleet import Fleet
 
 EVERY = 3  # evaluations between two checkpoints
 STEPS = 12
@@ -20,6 +21,15 @@ class Round:
 
     pictures: Sequence[np.ndarray]
     steps: Sequence[Sequence[int]]
+
+
+async def reached(found: Fleet, address: str) -> None:
+    """Return when the gateway has got work to every replica; to one that was away it is connected again in seconds."""
+    waiting = {replica.process.pid for replica in found.replicas}
+    async with AsyncClient(address) as client:
+        while waiting:
+            await asyncio.gather(*(client.generate("the cat", seed=seed, steps=2) for seed in range(4)))
+            waiting -= {process for process, _, _ in found.record.read()}
 
 
 async def together(address: str, schedulers: Sequence[str], at_half: Callable[[], Any] = lambda: None) -> Round:
