@@ -21,7 +21,7 @@ from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 
 CROWD: Sequence[dict[str, Any]] = (
-    {"prompt": "the cat", "scheduler": "DDIM", "steps": 12, "guidance": 2.0, "seed": 12},
+    {"prompt": "the cat", "scheduler": "DDIM", "steps": 12, "guidance": 3.0, "seed": 12},
     {"prompt": "a dog", "scheduler": "Euler a", "steps": 9, "guidance": 7.5, "seed": 2},
     {"prompt": "the red cat", "scheduler": "DPM++ 2M Karras", "steps": 15, "guidance": 5.0, "seed": 3},
     {"prompt": "a", "scheduler": "Heun", "steps": 7, "guidance": 9.0, "seed": 4},
