@@ -68,8 +68,13 @@ def inputs() -> SampleInputs:
 
 
 def advance(model: DiffusionModel, run: Run, count: int, residuals: Residuals | None = None) -> None:
+    """Residuals are of all rows; as a ControlNet would, they come for those that the evaluation is of."""
     for _ in range(count):
-        assert list(model.advance([run], [residuals])) == [None]
+        given = residuals
+        if residuals is not None:
+            last = slice(-len(run.model_input()[0]), None)
+            given = Residuals([part[last] for part in residuals.down], residuals.mid[last])
+        assert list(model.advance([run], [given])) == [None]
 
 
 def finish(model: DiffusionModel, asked: SampleInputs) -> np.ndarray:
@@ -241,12 +246,26 @@ def residuals(rows: int, value: float) -> Residuals:
     return Residuals(full[:-1], full[-1])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_controlnet_is_shown_the_rows_that_run_and_no_others(any_model, case):
+    model, inputs = any_model
+    if model.fingerprint == "fake" and case != "interval":
+        return  # it knows no other guider
+    asked = guided(inputs, case)
+    run, rows = model.start(asked), []
+    for _ in range(run.evaluations):
+        rows.append(len(run.model_input()[0]) // len(asked.seeds))
+        advance(model, run, 1)
+    start, stop = (int(asked.guider.options[name] * run.evaluations) for name in ("start", "stop"))
+    assert rows == [2 if start <= i < stop else 1 for i in range(run.evaluations)]
+    assert (1 in rows) == (case in ("interval", "apg interval", "auto"))
+
+
 @pytest.mark.parametrize("case", ["interval", "pag", "auto", "auto drawn"])
 def test_each_pass_gets_the_residuals_of_its_condition(model, inputs, case):
     """Where all rows' residuals are those of the last ones, the negative ones' alone make the difference."""
     asked = guided(inputs, case)
     steered, plain = model.start(asked), model.start(asked)
-    assert steered.model_input()[0].shape[0] == asked.rows
     advance(model, steered, steered.evaluations, residuals(asked.rows, 0.1))
     advance(model, plain, plain.evaluations)
     assert np.abs(steered.latents() - plain.latents()).max() > 1e-2

@@ -9,15 +9,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import grpc
+import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from imagemesh.v1 import diffusion_service_pb2 as diffusion_pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as diffusion_rpc
-from imagemesh_client import AsyncClient, Client
+from imagemesh_client import AsyncClient, Client, Control
 from imagemesh_runtime.errors import MeshError
 from imagemesh_services.diffusion.guiders import GUIDERS
 from tests.support import tiny_sdxl
@@ -27,6 +30,7 @@ from tests.support.reference import worst
 from tests.support.tiny_models import build_models
 
 PROMPT, NEGATIVE, SCALE, STEPS, SEED = "a red fox on the water", "a dog", 5.0, 6, 3
+COUNTED = ("count", "sum")
 UP = "up_blocks.1.attentions.1.transformer_blocks"
 
 
@@ -140,6 +144,28 @@ async def test_in_a_crowd_of_all_the_others_it_is_the_librarys(mesh: Any, folder
         made = await asyncio.gather(*(client.generate(**asked(case)) for case in CASES.values()))
     for name, generation in zip(CASES, made, strict=True):
         assert worst(np.asarray(generation.images[0].to_pil()), theirs(folder, name)) <= 1, name
+
+
+@pytest.mark.parametrize("name", ["interval", "interval of Heun", "auto"])
+def test_steered_it_is_the_librarys_and_the_controlnet_sees_the_rows_that_run_alone(
+    mesh: Any, client: Client, folder: Path, control_image: Image.Image, name: str
+) -> None:
+    case, module = CASES[name], diffusers.ControlNetModel.from_pretrained(folder / "tiny-controlnet").eval()
+    before = metrics_of(mesh, "controlnet")
+    made = ours(client, case, controls=[Control(control_image, model="tiny-controlnet")])
+    after = metrics_of(mesh, "controlnet")
+    given = (PROMPT, NEGATIVE, case.scheduler, SEED, STEPS, (module, control_image))
+    assert worst(made, loop(folder / "tiny-sd", case.library(), *given)) <= 1
+    assert worst(made, theirs(folder, name)) > 1, "steered as not at all"
+    asked, rows = (after[f"imagemesh_batch_size_{what}"] - before[f"imagemesh_batch_size_{what}"] for what in COUNTED)
+    evaluations = 2 * STEPS - 1 if case.scheduler == "Heun" else STEPS
+    start, stop = (int(case.options.get(key, end) * evaluations) for key, end in (("start", 0.0), ("stop", 1.0)))
+    assert (asked, rows) == (evaluations, evaluations + stop - start)
+
+
+def metrics_of(mesh: Any, service: str) -> dict[str, float]:
+    text = httpx.get(f"http://{mesh.services[service].metrics_http.address}/metrics").text
+    return {one.name: one.value for family in text_string_to_metric_families(text) for one in family.samples}
 
 
 @pytest.mark.parametrize("name", XL)

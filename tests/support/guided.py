@@ -46,8 +46,14 @@ def pixels(image: Any) -> np.ndarray:
 
 
 @torch.inference_mode()
-def loop(path: Path, guide: Any, prompt: str, negative: str, name: str, seed: int, steps: int) -> np.ndarray:
-    """A StableDiffusionPipeline's denoising loop, guided; a pass that draws begins with the seed and evaluation."""
+def loop(
+    path: Path, guide: Any, prompt: str, negative: str, name: str, seed: int, steps: int, control: Any = None
+) -> np.ndarray:
+    """A StableDiffusionPipeline's denoising loop, guided; a pass that draws begins with the seed and evaluation.
+
+    Args:
+        control: a ControlNetModel that is asked in every pass, and a picture of 64x64 for it to follow.
+    """
     pipe, sampler = loaded(path), scheduler(path, name)
     generator = torch.Generator("cpu").manual_seed(seed)
     embeds = pipe.encode_prompt(prompt, "cpu", 1, True, negative_prompt=negative)
@@ -60,13 +66,22 @@ def loop(path: Path, guide: Any, prompt: str, negative: str, name: str, seed: in
         for one in passes:
             torch.manual_seed(seed * 1_000_003 + i)
             guide.prepare_models(pipe.unet)
-            one.noise_pred = pipe.unet(scaled, t, encoder_hidden_states=one.prompt_embeds, return_dict=False)[0]
+            added = {} if control is None else _residuals(*control, scaled, t, one.prompt_embeds)
+            found = pipe.unet(scaled, t, encoder_hidden_states=one.prompt_embeds, return_dict=False, **added)
+            one.noise_pred = found[0]
             guide.cleanup_models(pipe.unet)
         takes_generator = "generator" in sampler.step.__code__.co_varnames
         extra = {"generator": generator} if takes_generator else {}
         latents = sampler.step(guide(passes)[0], t, latents, **extra, return_dict=False)[0]
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     return pixels(pipe.image_processor.postprocess(decoded, output_type="np")[0])
+
+
+def _residuals(module: Any, picture: Any, scaled: Any, t: Any, embeds: Any) -> dict[str, Any]:
+    """What a ControlNet adds to the UNet, as the UNet takes it."""
+    seen = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    down, mid = module(scaled, t, encoder_hidden_states=embeds, controlnet_cond=seen, return_dict=False)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 def modular(path: Path, guide: Any, prompt: str, negative: str, name: str, seed: int, steps: int) -> np.ndarray:

@@ -28,6 +28,8 @@ class ControlRun(Protocol):
     def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
         """For rows [rows, channels, h, w]: what to add to the UNet's skip connections, and to its middle block.
 
+        Fewer rows than the embeddings have are the last ones of them: a step without guidance has no negative rows.
+
         Raises:
             InvalidArgument: the rows don't fit the picture or the embeddings.
         """

@@ -109,6 +109,10 @@ class SampleInputs:
         """The guider's passes at this evaluation of so many, a row a picture each."""
         return self.guider.passes(self.guided, evaluation, evaluations)
 
+    def conditions(self, evaluation: int, evaluations: int) -> int:
+        """How many conditions these passes are of: the positive one, and where guidance is on the negative one."""
+        return 2 if self.guider.negates(self.guided, evaluation, evaluations) else 1
+
     def forwards(self, passes: Passes) -> int:
         """Forwards that such passes need besides the one that is shared."""
         return passes.own * (len(self.seeds) if self.guider.draws else 1)
@@ -149,7 +153,10 @@ class Run(Protocol):
         """What families such as Stable Diffusion XL want besides, by diffusers' names, each float [rows, width]."""
 
     def model_input(self) -> tuple[Array, float]:
-        """The rows as the model gets them at the next evaluation, [rows, channels, h, w], and the timestep."""
+        """The rows as the model gets them at the next evaluation, [rows, channels, h, w], and the timestep.
+
+        Where no pass of the evaluation is of the negative prompt, its rows aren't among them: the last ones are left.
+        """
 
     def steps_done(self) -> int:
         """Steps behind, as the user counts them."""

@@ -77,11 +77,15 @@ class Guider:
 
     def passes(self, guided: bool, evaluation: int, evaluations: int) -> Passes:
         """What it wants at this evaluation of so many, by the library's rules; ``guided``: the guidance scale is on."""
-        on = guided and self._within(evaluation, evaluations)
+        on = self.negates(guided, evaluation, evaluations)
         if self.changes == "pred_uncond":
             return Passes(1, int(on))
         skips = self.changes and self.options[f"{self.prefix}scale"] and self._skips(evaluation, evaluations)
         return Passes(2 if on else 1, int(bool(skips)))
+
+    def negates(self, guided: bool, evaluation: int, evaluations: int) -> bool:
+        """Whether a pass is of the negative prompt: guidance is on, and the evaluation is in its interval."""
+        return guided and self._within(evaluation, evaluations)
 
     def stretches(self, guided: bool, evaluations: int, behind: int = 0) -> list[tuple[int, Passes]]:
         """The passes of all evaluations from ``behind`` on: so many evaluations, each of such."""

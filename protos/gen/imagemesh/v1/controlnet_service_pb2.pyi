@@ -141,7 +141,9 @@ class ControlStep(_message.Message):
     timestep: _builtins.float
     @_builtins.property
     def sample(self) -> _tensor_pb2.Tensor:
-        """The rows as the UNet gets them, after scale_model_input: [rows, channels, height, width]."""
+        """The rows as the UNet gets them, after scale_model_input: [rows, channels, height, width]. Fewer than the embeddings
+        have are for the last of those: where guidance is off in this step, the negative rows are left out.
+        """
 
     @_builtins.property
     def encoder_hidden_states(self) -> _tensor_pb2.Tensor:

@@ -34,24 +34,25 @@ class TorchControlRun:
     @torch.inference_mode()
     def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
         self._check(sample)
+        last = slice(len(self._embeddings) - len(sample), None)
         down, mid = self._model(
             to_torch(sample, self._model.device, self._model.dtype),
             torch.tensor(timestep, device=self._model.device),
-            encoder_hidden_states=self._embeddings,
-            controlnet_cond=self._image,
+            encoder_hidden_states=self._embeddings[last],
+            controlnet_cond=self._image[last],
             conditioning_scale=self._scale,
-            added_cond_kwargs=self._added or None,
+            added_cond_kwargs={name: one[last] for name, one in self._added.items()} or None,
             return_dict=False,
         )
         return [to_numpy(one) for one in down], to_numpy(mid)
 
     def _check(self, sample: Array) -> None:
         height, width = (side // self._factor for side in self._image.shape[-2:])
-        wanted = [len(self._embeddings), self._model.config.in_channels, height, width]
-        if list(sample.shape) != wanted:
-            raise InvalidArgument(
-                "step.sample.shape", list(sample.shape), f"{wanted}, as the picture and prompts have it"
-            )
+        rows = len(self._embeddings)
+        wanted = [self._model.config.in_channels, height, width]
+        if list(sample.shape[1:]) != wanted or not 1 <= len(sample) <= rows:
+            allowed = f"{[rows, *wanted]}, as the picture and prompts have it, or fewer rows, at least 1"
+            raise InvalidArgument("step.sample.shape", list(sample.shape), allowed)
 
 
 class TorchControlModel:

@@ -77,8 +77,8 @@ class FakeRun:
         return {}
 
     def model_input(self) -> tuple[Array, float]:
-        rows = np.concatenate([self._latents, self._latents]) if self._inputs.guided else self._latents
-        return rows, float(self.evaluations - self._done)
+        conditions = self._inputs.conditions(self._done, self.evaluations)
+        return np.concatenate([self._latents] * conditions), float(self.evaluations - self._done)
 
     def advance(self, residuals: Residuals | None) -> None:
         """The arithmetic of the module's docstring."""

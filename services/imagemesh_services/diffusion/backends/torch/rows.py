@@ -26,7 +26,7 @@ class StepRows:
     own: "StepRows | None" = None
 
     def select(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of rows for all conditions of the run, those of this part."""
+        """Of rows for the run's last conditions, as many of them as the evaluation needs, those of this part."""
         if len(rows) == len(self.sample):
             return rows
         each = len(self.sample) // len(self.conditions)

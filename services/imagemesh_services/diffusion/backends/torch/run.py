@@ -89,7 +89,8 @@ class TorchRun:
     def model_input(self) -> tuple[Array, float]:
         timestep = self._state.timesteps[self._done]
         _BEFORE_DENOISER(self._components, self._state, i=self._done, t=timestep)
-        rows = self._state.scaled_latents.repeat(len(self._passes_of), 1, 1, 1)
+        conditions = self._inputs.conditions(self._done, self.evaluations)
+        rows = self._state.scaled_latents.repeat(conditions, 1, 1, 1)
         return to_numpy(rows), float(timestep)
 
     def begin_step(self) -> StepRows:
