@@ -4,6 +4,7 @@ They are two ports because whoever may scrape must not be able to drain.
 """
 
 import logging
+import selectors
 import socket
 import socketserver
 import threading
@@ -19,7 +20,6 @@ log = logging.getLogger(__name__)
 Answer = tuple[int, str, bytes]
 Routes = Mapping[tuple[str, str], Callable[[str], Answer]]
 _TEXT = "text/plain; charset=utf-8"
-_POLL_SECONDS = 0.05  # how soon a stop is noticed
 
 
 def metrics_routes(registry: CollectorRegistry, ready: Callable[[], bool]) -> Routes:
@@ -53,6 +53,7 @@ class _Server(socketserver.ThreadingTCPServer):
     # Not http.server's own class, which looks its host's name up when it binds: seconds, where DNS is slow.
     allow_reuse_address = True
     daemon_threads = True
+    timeout = 0  # of handle_request, which is called when there is one
 
 
 class _Server6(_Server):
@@ -60,15 +61,18 @@ class _Server6(_Server):
 
 
 class HttpServer:
-    """Serves fixed routes from daemon threads."""
+    """Serves fixed routes from daemon threads.
+
+    Where nobody asks, nothing runs: ``serve_forever`` would wake up many times a second to see whether it should stop,
+    and twelve such threads in one process take their turns on the cores, and Python's lock, from what computes.
+    """
 
     def __init__(self, listen: str, routes: Routes) -> None:
         host, _, port = listen.rpartition(":")
         server = _Server6 if ":" in host else _Server
         self._server = server((host.strip("[]"), int(port)), _handler(routes))
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_SECONDS,), name=f"http-{listen}", daemon=True
-        )
+        self._told, self._tell = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, name=f"http-{listen}", daemon=True)
 
     @property
     def address(self) -> str:
@@ -82,9 +86,18 @@ class HttpServer:
 
     def stop(self) -> None:
         """Stop answering and free the port."""
+        self._tell.close()
         if self._thread.is_alive():
-            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
+        self._told.close()
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._server, selectors.EVENT_READ)
+            selector.register(self._told, selectors.EVENT_READ)  # which reads as ended once the other end is closed
+            while not any(key.fileobj is self._told for key, _ in selector.select()):
+                self._server.handle_request()
 
 
 def _handler(routes: Routes) -> type[BaseHTTPRequestHandler]:
