@@ -5,8 +5,11 @@ oversubscribe the cores: math libraries keep one pool of threads for each thread
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
@@ -15,12 +18,20 @@ from imagemesh_runtime.context import current_call
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_COMM = 15  # bytes that Linux keeps of a thread's name
+
 
 class Lane:
-    """Runs functions one after another on its own thread."""
+    """Runs functions one after another on its own thread.
+
+    The system knows that thread, and those that a math library starts for it, as ``lane-<name>`` (in ``top -H``), so
+    that what computes can be told from what talks.
+    """
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix=f"lane-{name}", initializer=_name_thread, initargs=(f"lane-{name}",)
+        )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``function`` on the lane and charge the current call for the wait and the work.
@@ -52,3 +63,9 @@ class Lane:
     def close(self) -> None:
         """Let the work under way end and drop what waits."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _name_thread(name: str) -> None:
+    """Give this thread a name that the system shows, where that is Linux, and that threads started by it inherit."""
+    with suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name[:_COMM])

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,10 @@ async def test_close_drops_what_waits() -> None:
     go.set()
     await closing
     assert await running == 1
+
+
+async def test_the_system_knows_the_lanes_thread_by_its_name() -> None:
+    lane = Lane("text-encoder")
+    comm = await lane.run(lambda: Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text())
+    lane.close()
+    assert comm.strip() == "lane-text-encod"
