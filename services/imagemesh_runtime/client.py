@@ -12,9 +12,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
+from imagemesh_runtime.addresses import WANTED, is_address
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.context import current_call, parse_server_timing
-from imagemesh_runtime.errors import DeadlineExceeded, MeshError, RemoteError, Unavailable
+from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError, RemoteError, Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, ParcelChannel, moved
 from imagemesh_runtime.tenancy import Lodger, NoReceipts, Receipts
@@ -52,7 +53,7 @@ class Hop:
 
 
 class Peer:
-    """A service that this one calls, by name.
+    """A service that this one calls, by name, at ``host:port`` or ``unix:/path``.
 
     Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels, whose payloads come in shared memory if
     the peer is on this machine and offers some.
@@ -68,6 +69,8 @@ class Peer:
         metrics: Metrics | None = None,
         shares_memory: bool = True,
     ) -> None:
+        if not is_address(address):
+            raise InvalidArgument(f"address of {name}", address, WANTED)
         self.name = name
         self.address = address
         self._timeout = timeout_seconds

@@ -71,6 +71,12 @@ def test_nobody_there_is_unavailable_and_names_the_address() -> None:
         client.models()
 
 
+def test_a_url_is_told_what_is_wanted() -> None:
+    with Client("http://localhost:50050") as client, pytest.raises(InvalidArgument) as caught:
+        client.models()
+    assert str(caught.value).startswith("address of gateway must be host:port such as 127.0.0.1:50050, or unix:/path")
+
+
 def test_a_gateway_that_hangs_is_given_up_after_the_timeout(gateway: RecordingGateway) -> None:
     gateway.hold = True
     with Client(gateway.address, timeout=0.3) as client, pytest.raises(MeshError) as caught:
