@@ -16,7 +16,7 @@ from imagemesh_client.requests import GenerateOptions, generate_request
 from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import MeshError
+from imagemesh_runtime.errors import InvalidArgument, MeshError
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 MAX_MESSAGE_BYTES = 256 << 20
@@ -33,6 +33,8 @@ class AsyncClient:
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout: float = 600.0, max_message_bytes: int = MAX_MESSAGE_BYTES
     ) -> None:
+        if not timeout > 0:
+            raise InvalidArgument("timeout", timeout, "a number of seconds above 0")
         self.address = address
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
@@ -88,7 +90,7 @@ class AsyncClient:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
-        size: int = 0,
+        size: int | None = None,
         model: str = "",
     ) -> list[Classification]:
         """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
@@ -102,7 +104,7 @@ class AsyncClient:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
-        size: int = 0,
+        size: int | None = None,
         model: str = "",
     ) -> AsyncGenerator[Classification | MeshError, None]:
         """Classify a list of any length, in its order; what is wrong with a picture comes in its place.

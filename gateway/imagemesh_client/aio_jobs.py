@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh.v1 import job_service_pb2_grpc as rpc
 from imagemesh_client import job_answers
+from imagemesh_client.fields import UINT32, whole
 from imagemesh_client.job_types import Job, JobOptions, StateName
 from imagemesh_client.requests import generate_request
 from imagemesh_client.types import Generation, Progress
@@ -55,10 +56,11 @@ class AsyncJobs:
 
     async def list(self, states: Iterable[StateName] = (), limit: int = 50) -> list[Job]:
         """At most ``limit`` jobs in these states (none given: in any), the newest first."""
+        most = whole("limit", limit, UINT32, least=1)
         found: list[Job] = []
         token, wanted = "", job_answers.state_numbers(list(states))
-        while len(found) < limit:
-            size = min(limit - len(found), _PAGE)
+        while len(found) < most:
+            size = min(most - len(found), _PAGE)
             request = pb.ListJobsRequest(states=wanted, page_size=size, page_token=token)
             answer = await self._page(request)
             found += map(job_answers.job, answer.jobs)

@@ -16,6 +16,9 @@ from imagemesh_runtime.tensors import Array, to_proto
 # A PNG, JPEG or WebP file's bytes or path, a picture of Pillow's, or uint8 [height, width, 3] in RGB.
 ImageInput: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | Array
 
+FORMATS = "a PNG, JPEG or WebP file"
+
+_MARK = 16  # bytes of a file that tell its format
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
@@ -30,7 +33,7 @@ def image_to_proto(image: ImageInput, field: str) -> image_pb2.Image:
     """Read and encode a picture; ``field`` names it in errors.
 
     Raises:
-        InvalidArgument: an array that is no picture.
+        InvalidArgument: an array that is no picture, or a file of another kind, which is named.
         OSError: the file can't be read.
     """
     if isinstance(image, bytes):
@@ -41,7 +44,36 @@ def image_to_proto(image: ImageInput, field: str) -> image_pb2.Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InvalidArgument(field, f"{image.dtype} {list(image.shape)}", "uint8 [height, width, 3]")
         return image_pb2.Image(pixels=to_proto(image))
-    return image_pb2.Image(encoded=Path(image).read_bytes())
+    data = _read(Path(image))
+    if not _begins_a_picture(data):
+        raise InvalidArgument(field, os.fspath(image), FORMATS)
+    return image_pb2.Image(encoded=data)
+
+
+def check_picture_file(path: Path) -> None:
+    """Look at a file's first bytes.
+
+    Raises:
+        InvalidArgument: it begins as no picture does; the error names the file.
+        OSError: it can't be read.
+    """
+    start = _read(path, _MARK)
+    if not _begins_a_picture(start):
+        raise InvalidArgument(str(path), start or "an empty file", FORMATS)
+
+
+def _read(path: Path, most: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        if error.filename is None:  # a file that was opened no longer tells its name
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _begins_a_picture(data: bytes) -> bool:
+    return data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
 
 
 def _from_pillow(picture: Image.Image) -> image_pb2.Image:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import priority_pb2
-from imagemesh_client.fields import UINT32, UINT64
+from imagemesh_client.fields import UINT32, UINT64, whole_or_absent
 from imagemesh_client.fields import number as _number
 from imagemesh_client.fields import text as _text
 from imagemesh_client.fields import whole as _whole
@@ -136,8 +136,8 @@ def generate_request(
         prompt=_text("prompt", prompt),
         negative_prompt=_text("negative_prompt", negative_prompt),
         model=_text("model", model),
-        width=_whole("width", width or 0, UINT32),
-        height=_whole("height", height or 0, UINT32),
+        width=whole_or_absent("width", width),
+        height=whole_or_absent("height", height),
         steps=None if steps is None else _whole("steps", steps, UINT32),
         guidance_scale=None if guidance is None else _number("guidance", guidance),
         scheduler=_text("scheduler", scheduler),
@@ -152,10 +152,14 @@ def generate_request(
 
 
 def _hires(hires: Hires) -> pb.GenerateHires:
+    scale = 0.0 if hires.scale is None else _number("hires.scale", hires.scale)
+    if hires.scale is not None and scale == 0:
+        raise InvalidArgument("hires.scale", hires.scale, "above 1")
+    width, height = (None, None) if hires.size is None else hires.size
     return pb.GenerateHires(
-        scale=_number("hires.scale", hires.scale),
-        width=_whole("hires.size[0]", hires.size[0], UINT32),
-        height=_whole("hires.size[1]", hires.size[1], UINT32),
+        scale=scale,
+        width=whole_or_absent("hires.size[0]", width),
+        height=whole_or_absent("hires.size[1]", height),
         upscaler=_text("hires.upscaler", hires.upscaler),
         steps=None if hires.steps is None else _whole("hires.steps", hires.steps, UINT32),
         strength=None if hires.strength is None else _number("hires.strength", hires.strength),

@@ -68,7 +68,7 @@ class Client:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
-        size: int = 0,
+        size: int | None = None,
         model: str = "",
     ) -> list[Classification]:
         """Name what is in each picture with its ``top_k`` likeliest labels of at least ``threshold`` probability."""
@@ -80,7 +80,7 @@ class Client:
         top_k: int = 5,
         *,
         threshold: float = 0.0,
-        size: int = 0,
+        size: int | None = None,
         model: str = "",
     ) -> Generator[Classification | MeshError, None, None]:
         """Classify a list of any length, in its order; see ``AsyncClient.classify_stream``."""

@@ -33,7 +33,7 @@ class Hires:
     """A second pass: the picture of the first is enlarged, and made anew in part.
 
     Attributes:
-        scale: how many times as wide and high; 0 where ``size`` is given.
+        scale: how many times as wide and high, above 1; None where ``size`` is given.
         size: width and height in pixels instead.
         upscaler: "Latent", "Latent (nearest)", "Latent (nearest-exact)", "Latent (bicubic)", "Lanczos", "Bicubic",
             "Bilinear" or "Nearest"; empty: "Latent".
@@ -42,8 +42,8 @@ class Hires:
         scheduler: empty: as in the first pass.
     """
 
-    scale: float = 0.0
-    size: tuple[int, int] = (0, 0)
+    scale: float | None = None
+    size: tuple[int, int] | None = None
     upscaler: str = ""
     steps: int | None = None
     strength: float | None = None

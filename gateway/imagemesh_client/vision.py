@@ -2,13 +2,16 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Literal, SupportsIndex, TypedDict, Unpack
+from typing import Final, Literal, SupportsIndex, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import tensor_pb2, vit_service_pb2
-from imagemesh_client.fields import UINT32, number, text, whole
+from imagemesh.v1 import image_pb2, tensor_pb2, vit_service_pb2
+from imagemesh_client.fields import UINT32, number, text, whole, whole_or_absent
 from imagemesh_client.images import ImageInput, as_list, image_to_proto
 from imagemesh_runtime.errors import InvalidArgument
+
+# Of one call; the mesh's own bound.
+MAX_IMAGES: Final = 64
 
 PoolingName = Literal["auto", "cls", "mean"]
 _POOLINGS = {
@@ -30,8 +33,8 @@ class EmbedOptions(TypedDict, total=False):
     # Empty: the mesh's default.
     model: str
     dtype: VectorDtype
-    # Pixels of the side that pictures are brought to; 0: as the model was trained.
-    size: int
+    # Pixels of the side that pictures are brought to; None: as the model was trained.
+    size: int | None
     # Hidden states to answer as well: 0 is the embedding layer's output, -1 the last layer's; "all": every one.
     layers: Iterable[int] | Literal["all"]
     # Answer what the class token looks at, as pictures.
@@ -39,15 +42,14 @@ class EmbedOptions(TypedDict, total=False):
 
 
 def classify_request(
-    images: ImageInput | Iterable[ImageInput], top_k: int, threshold: float, size: int, model: str
+    images: ImageInput | Iterable[ImageInput], top_k: int, threshold: float, size: int | None, model: str
 ) -> pb.ClassifyRequest:
     """The request for ``classify``; reads files."""
-    protos = [image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))]
     return pb.ClassifyRequest(
-        images=protos,
-        top_k=whole("top_k", top_k, UINT32),
+        images=_pictures(images),
+        top_k=whole("top_k", top_k, UINT32, least=1),
         threshold=number("threshold", threshold),
-        size=whole("size", size, UINT32),
+        size=whole_or_absent("size", size),
         model=text("model", model),
     )
 
@@ -62,16 +64,24 @@ def embed_request(
     if dtype not in _DTYPES:
         raise InvalidArgument("dtype", dtype, ", ".join(_DTYPES))
     return pb.EmbedRequest(
-        images=[image_to_proto(image, f"images[{i}]") for i, image in enumerate(as_list(images))],
+        images=_pictures(images),
         pooling=_POOLINGS[pooling],
         normalize=bool(normalize),
         model=text("model", options.get("model", "")),
         dtype=_DTYPES[dtype],
-        size=whole("size", options.get("size", 0), UINT32),
+        size=whole_or_absent("size", options.get("size")),
         hidden_states=layers == "all",
         layers=[] if layers == "all" else [_layer(i, layer) for i, layer in enumerate(layers)],
         attention_maps=bool(options.get("attention_maps", False)),
     )
+
+
+def _pictures(images: ImageInput | Iterable[ImageInput]) -> list[image_pb2.Image]:
+    pictures = as_list(images)
+    if len(pictures) > MAX_IMAGES:
+        allowed = f"1 to {MAX_IMAGES} pictures; classify_stream and embed_stream take any number"
+        raise InvalidArgument("images", f"{len(pictures)} pictures", allowed)
+    return [image_to_proto(image, f"images[{i}]") for i, image in enumerate(pictures)]
 
 
 def _layer(i: int, layer: SupportsIndex | str) -> int:

@@ -13,6 +13,7 @@ from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
     MAX_CONTROLS,
     MAX_GUIDANCE,
+    MAX_HIRES_SCALE,
     MAX_IMAGES,
     MAX_MASK_BLUR,
     MAX_SEED,
@@ -37,12 +38,12 @@ Text = Annotated[str, AfterValidator(_valid)]
 Picture = Annotated[bytes, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "byte"})]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-Side = Annotated[int, Field(ge=0, le=MAX_SIDE, description="Pixels; 0 is the default.")]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE, description="Pixels.")]
 Strength = Annotated[float, Field(gt=0, le=1, description="How much is made anew.")]
 PriorityName = Literal["interactive", "normal", "batch"]
 
 _TEXT = "a string of valid Unicode"
-_SIDE = f"a whole number of pixels up to {MAX_SIDE}, or 0 for the model's default"
+_SIDE = f"a whole number of pixels from 1 to {MAX_SIDE}"
 _SEED = f"a whole number from 0 to {MAX_SEED}"
 _STEPS = f"1 to {MAX_STEPS}"
 _PICTURE = "a PNG, JPEG or WebP file in base64, or a data: URL of one"
@@ -76,7 +77,7 @@ ALLOWED: Final = {
     "mask_padding": f"0 to {MAX_SIDE}",
     "priority": ", ".join(get_args(PriorityName)),
     "hires": "an object",
-    "hires.scale": "a number",
+    "hires.scale": f"above 1, and at most {MAX_HIRES_SCALE:g}",
     "hires.width": _SIDE,
     "hires.height": _SIDE,
     "hires.upscaler": _TEXT,
@@ -102,9 +103,9 @@ class _Strict(BaseModel):
 class HiresBody(_Strict):
     """A second pass, larger: by ``scale``, or to ``width`` and ``height``."""
 
-    scale: float = Field(0.0, ge=0, allow_inf_nan=False)
-    width: Side = 0
-    height: Side = 0
+    scale: float | None = Field(None, gt=1, le=MAX_HIRES_SCALE, allow_inf_nan=False)
+    width: Side | None = None
+    height: Side | None = None
     upscaler: Text = Field("", description="'Latent' if empty.")
     steps: Steps | None = None
     strength: Strength | None = None
@@ -130,8 +131,8 @@ class GenerateBody(_Strict):
     seed: Seed | None = Field(None, description="Drawn if left out; picture i of several takes seed + i.")
     steps: Steps | None = None
     guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
-    width: Side = 0
-    height: Side = 0
+    width: Side | None = Field(None, description="Pixels; the model's own size if left out.")
+    height: Side | None = None
     scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
     model: Text = ""
     scheduler_options: dict[Text, bool | int | float | Text] = Field(default_factory=dict)

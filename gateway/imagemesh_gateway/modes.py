@@ -10,6 +10,7 @@ from imagemesh.v1 import image_pb2
 from imagemesh_gateway.mesh import ModelInfo
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
+    MAX_HIRES_SCALE,
     MAX_MASK_BLUR,
     MAX_SIDE,
     MAX_STEPS,
@@ -22,7 +23,6 @@ from imagemesh_runtime.limits import (
 DEFAULT_STRENGTH = 0.8
 # AUTOMATIC1111's.
 DEFAULT_HIRES_STRENGTH = 0.7
-MAX_HIRES_SCALE = 8
 # Of latents, by torch's names; of decoded pictures, by Pillow's.
 LATENT_UPSCALERS: Final = {
     "Latent": "bilinear",
@@ -123,12 +123,15 @@ def hires_plan(request: pb.GenerateRequest, width: int, height: int, steps: int,
 
 
 def _hires_size(asked: pb.GenerateHires, width: int, height: int, multiple: int) -> tuple[int, int]:
+    if not (asked.scale or asked.width or asked.height):
+        allowed = f"above 1, and at most {MAX_HIRES_SCALE:g}, or else hires.width and hires.height given"
+        raise InvalidArgument("hires.scale", None, allowed)
     if not asked.scale:
         size = (asked.width, asked.height)
     elif asked.width or asked.height:
         raise InvalidArgument("hires.scale", asked.scale, "absent where hires.width and hires.height are given")
     elif not 1 < asked.scale <= MAX_HIRES_SCALE:
-        raise InvalidArgument("hires.scale", asked.scale, f"above 1, and at most {MAX_HIRES_SCALE}")
+        raise InvalidArgument("hires.scale", asked.scale, f"above 1, and at most {MAX_HIRES_SCALE:g}")
     else:
         size = (int(width * asked.scale) // multiple * multiple, int(height * asked.scale) // multiple * multiple)
     for name, side in zip(("width", "height"), size, strict=True):

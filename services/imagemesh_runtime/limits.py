@@ -19,6 +19,7 @@ MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**63 - 1
 MAX_MASK_BLUR: Final = 256  # pixels
 MAX_CONTROL_SCALE: Final = 10.0
+MAX_HIRES_SCALE: Final = 8.0
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

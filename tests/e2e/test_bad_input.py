@@ -19,7 +19,7 @@ from imagemesh.v1 import (
 )
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_cli.host import MeshHost
-from imagemesh_client import AsyncClient, Client
+from imagemesh_client import AsyncClient, Client, Control
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.errors import MeshError
 from imagemesh_runtime.tensors import to_proto
@@ -110,6 +110,17 @@ def test_a_file_that_is_no_picture_is_named(client: Client, data: bytes, said: s
         client.classify(data)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"GIF89a not a png", png_header(64, 64), b""], ids=["no picture", "torn", "empty"])
+def test_a_control_picture_that_is_none_is_named(client: Client, data: bytes) -> None:
+    whole = np.zeros((64, 64, 3), dtype=np.uint8)
+    with pytest.raises(MeshError) as caught:
+        client.generate("x", controls=[Control(whole), Control(data)])
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "controls[1].image.encoded must be a whole PNG, JPEG, WEBP file" in str(caught.value)
+    (detail,) = caught.value.details()
+    assert detail.field_violations[0].field == "controls[1].image.encoded"  # type: ignore[attr-defined]
 
 
 def test_a_message_over_the_limit_is_refused(client: Client) -> None:

@@ -91,7 +91,7 @@ def test_progress_counts_both_passes_and_the_file_tells_of_them(client: Client) 
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no size": ({"hires": Hires()}, "hires.width must be"),
+    "no size": ({"hires": Hires()}, "hires.scale must be above 1, and at most 8, or else hires.width"),
     "smaller": ({"hires": Hires(scale=1.0)}, "hires.scale must be above 1, and at most 8"),
     "far larger": ({"hires": Hires(scale=9.0)}, "hires.scale must be above 1, and at most 8"),
     "no number": ({"hires": Hires(scale=float("nan"))}, "hires.scale must be above 1"),

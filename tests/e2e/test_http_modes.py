@@ -45,6 +45,11 @@ def coded(image: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+TEXT = base64.b64encode(b"text").decode()
+# A PNG file that ends amid its pixels.
+TORN = coded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))[:4000]
+
+
 def post(mesh: MeshHost, body: dict[str, Any]) -> httpx.Response:
     return httpx.post(f"http://{mesh.http_address}/v1/generate", json=body, timeout=120)
 
@@ -105,7 +110,7 @@ def test_several_pictures(mesh: MeshHost) -> None:
     [
         ({"image": "not base64!"}, "image", "a PNG, JPEG or WebP file in base64"),
         ({"image": 7}, "image", "a PNG, JPEG or WebP file in base64"),
-        ({"image": base64.b64encode(b"text").decode()}, "image", "a whole PNG, JPEG, WEBP file"),
+        ({"image": TEXT}, "image", "a whole PNG, JPEG, WEBP file"),
         ({"strength": 0.5}, "image", "since strength is given"),
         ({"strength": 1.5}, "strength", "above 0, and at most 1"),
         ({"priority": "urgent"}, "priority", "interactive, normal, batch"),
@@ -116,7 +121,14 @@ def test_several_pictures(mesh: MeshHost) -> None:
         ({"hires": {"scale": 2, "upscaler": 3}}, "hires.upscaler", "a string of valid Unicode"),
         ({"hires": {"scale": 2, "sneed": 3}}, "hires.sneed", "left out (the fields are scale, width, height, upscaler"),
         ({"hires": {"scale": 9}}, "hires.scale", "at most 8"),
+        ({"hires": {"scale": 0}}, "hires.scale", "above 1, and at most 8, got 0"),
+        ({"hires": {"width": 0, "height": 64}}, "hires.width", "from 1 to 4096, got 0"),
+        ({"hires": {}}, "hires.scale", "or else hires.width and hires.height"),
+        ({"hires": {"scale": 2, "steps": 0}}, "hires.steps", "1 to 1000, got 0"),
         ({"controls": [{"scale": 1}]}, "controls.0.image", "a PNG, JPEG or WebP file in base64"),
+        ({"controls": [{"image": TEXT}]}, "controls[0].image.encoded", "a whole PNG, JPEG, WEBP file"),
+        ({"controls": [{"image": TORN}]}, "controls[0].image.encoded", "a whole PNG, JPEG, WEBP file"),
+        ({"controls": [{"image": "not base64!"}]}, "controls.0.image", "a PNG, JPEG or WebP file in base64"),
         ({"controls": [{"image": "", "scale": 11}]}, "controls.0.scale", "0 to 10.0"),
         ({"controls": [{}] * 9}, "controls", "a list of at most 8 objects"),
     ],

@@ -163,6 +163,31 @@ def test_a_value_that_cannot_be_sent_names_its_field(gateway: RecordingGateway, 
     assert gateway.requests == []
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"width": 0}, "width"), ({"height": 0}, "height"), ({"hires": Hires(scale=0)}, "hires.scale"),
+     ({"hires": Hires(size=(0, 64))}, "hires.size[0]")],
+)  # fmt: skip
+def test_a_zero_that_would_be_taken_for_absent_is_refused(
+    gateway: RecordingGateway, options: dict[str, Any], field: str
+) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument) as caught:
+        client.generate("a fox", **options)
+    assert (caught.value.field, gateway.requests) == (field, [])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_list_of_no_jobs_is_refused(gateway: RecordingGateway, limit: int) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match="limit must be a whole number from 1"):
+        client.jobs.list(limit=limit)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with pytest.raises(InvalidArgument, match="timeout must be a number of seconds above 0"):
+        Client("127.0.0.1:1", timeout=timeout)
+
+
 def test_an_unknown_option_is_a_type_error(gateway: RecordingGateway) -> None:
     with Client(gateway.address) as client, pytest.raises(TypeError, match="cfg"):
         client.generate("a fox", cfg=3)  # type: ignore[call-arg]

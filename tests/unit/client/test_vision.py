@@ -81,6 +81,36 @@ def test_a_missing_file_is_an_os_error(gateway: RecordingGateway, tmp_path: Path
         client.embed(tmp_path / "nothing.png")
 
 
+@pytest.mark.parametrize("verb", ["classify", "embed"])
+def test_more_pictures_than_a_call_takes_are_told_the_way(gateway: RecordingGateway, verb: str) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument, match="1 to 64 pictures; classify_stream"):
+        getattr(client, verb)([png(1)] * 65)
+    assert gateway.requests == []
+
+
+def test_a_file_of_another_kind_is_told_by_its_path(gateway: RecordingGateway, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("milk, eggs")
+    with Client(gateway.address) as client, pytest.raises(InvalidArgument) as caught:
+        client.classify([png(1), tmp_path / "a.txt"])
+    assert str(caught.value) == f"images[1] must be a PNG, JPEG or WebP file, got '{tmp_path}/a.txt'"
+
+
+def test_a_file_that_cannot_be_read_is_told_by_its_path(gateway: RecordingGateway) -> None:
+    with Client(gateway.address) as client, pytest.raises(OSError, match="/proc/self/mem"):
+        client.classify("/proc/self/mem")  # its first page is never mapped
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_size_and_no_labels_are_refused(gateway: RecordingGateway, size: int) -> None:
+    with Client(gateway.address) as client:
+        for options in ({"size": size}, {"top_k": size}):
+            with pytest.raises(InvalidArgument, match="a whole number from 1"):
+                client.classify(png(1), **options)
+        with pytest.raises(InvalidArgument, match="size must be a whole number from 1"):
+            client.embed(png(1), size=size)
+    assert gateway.requests == []
+
+
 def test_classify_answers_one_a_picture(gateway: RecordingGateway) -> None:
     with Client(gateway.address) as client:
         answers = client.classify([png(1), PIXELS], 2, model="vit-tiny")
