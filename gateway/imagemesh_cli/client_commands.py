@@ -6,9 +6,7 @@ from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
-
-from imagemesh_cli.console import complain, print_json, print_table, progress_bar
+from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
 from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
@@ -24,7 +22,7 @@ def generate(args: Namespace) -> int:
 
 def save(generation: Generation, output: Path) -> list[Path]:
     """Write the pictures; the answer is where."""
-    paths = _paths(output, len(generation.images))
+    paths = numbered(output, len(generation.images))
     return [image.save(path) for image, path in zip(generation.images, paths, strict=True)]
 
 
@@ -72,9 +70,8 @@ def _controls(args: Namespace) -> list[Control]:
     """The n-th --control with the n-th --control-model and --control-scale."""
     for option, values in (("--control-model", args.control_model), ("--control-scale", args.control_scale)):
         if len(values) > len(args.control):
-            raise InvalidArgument(
-                option, f"{len(values)} times", f"given once for each --control ({len(args.control)})"
-            )
+            allowed = f"given at most once for each --control ({len(args.control)})"
+            raise InvalidArgument(option, counted(len(values), "time"), allowed)
     rows = zip_longest(args.control, args.control_model, args.control_scale)
     return [Control(file, model or "", 1.0 if scale is None else scale) for file, model, scale in rows]
 
@@ -85,12 +82,11 @@ def _hires(args: Namespace) -> Hires | None:
             if given := getattr(args, f"hires_{name}"):
                 raise InvalidArgument(f"--hires-{name}", given, "given beside --hires")
         return None
-    size = args.hires if isinstance(args.hires, tuple) else (0, 0)
-    scale = 0.0 if isinstance(args.hires, tuple) else args.hires
+    scale, size = (None, args.hires) if isinstance(args.hires, tuple) else (args.hires, None)
     return Hires(scale, size, args.hires_upscaler, args.hires_steps, args.hires_strength)
 
 
-def _paths(output: Path, count: int) -> list[Path]:
+def numbered(output: Path, count: int) -> list[Path]:
     """FILE itself, or FILE-0, FILE-1... before its suffix."""
     if count == 1:
         return [output]
@@ -107,46 +103,9 @@ def _print_generation(generation: Generation, files: list[Path]) -> None:
     made = generation.parameters
     for image, path in zip(generation.images, files, strict=True):
         print(
-            f"{path}: seed {image.seed}, {made.width}x{made.height}, {made.steps} steps, "
+            f"{path}: seed {image.seed}, {made.width}x{made.height}, {counted(made.steps, 'step')}, "
             f"guidance {made.guidance:g}, {made.scheduler}, {made.model}"
         )
-
-
-def classify(args: Namespace) -> int:
-    """Name what is in pictures."""
-    with Client(args.server, timeout=args.timeout) as client:
-        answers = client.classify(args.files, args.top_k, threshold=args.threshold, size=args.size, model=args.model)
-    pairs = list(zip(map(str, args.files), answers, strict=True))
-    if args.json:
-        print_json([{"file": file, **asdict(answer)} for file, answer in pairs])
-        return 0
-    for file, answer in pairs:
-        for prediction in answer.predictions:
-            print(f"{file}: {prediction.label} {prediction.probability:.1%}")
-    return 0
-
-
-def embed(args: Namespace) -> int:
-    """Turn pictures into vectors."""
-    with Client(args.server, timeout=args.timeout) as client:
-        answer = client.embed(
-            args.files, args.pooling, args.normalize, dtype=args.dtype, size=args.size, model=args.model,
-            attention_maps=args.attention is not None,
-        )  # fmt: skip
-    if args.output is not None:
-        np.save(args.output, answer.vectors)
-    if args.attention is not None:
-        for path, png in zip(_paths(args.attention, len(args.files)), answer.attention_maps, strict=True):
-            path.write_bytes(png)
-    pairs = list(zip(map(str, args.files), answer.as_float32(), strict=True))
-    if args.json:
-        made = {"model": answer.model, "backend": answer.backend}
-        print_json([{"file": file, **made, "embedding": vector.tolist()} for file, vector in pairs])
-        return 0
-    for file, vector in pairs:
-        start = " ".join(f"{value:.4f}" for value in vector[:4])
-        print(f"{file}: {len(vector)} numbers, length {np.linalg.norm(vector):.4f}: {start} ...")
-    return 0
 
 
 def models(args: Namespace) -> int:

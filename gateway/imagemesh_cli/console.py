@@ -43,6 +43,11 @@ def complain(message: str) -> None:
     print(f"imagemesh: {' '.join(message.split())}", file=sys.stderr)
 
 
+def counted(count: int, thing: str) -> str:
+    """``1 picture``, ``2 pictures``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[Progress], None]]:
     """A callback that moves a bar on stderr, if that is a terminal and rich is installed; else it does nothing."""

@@ -5,7 +5,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from imagemesh_cli.console import print_timings, progress_bar
+from imagemesh_cli.console import counted, print_timings, progress_bar
 from imagemesh_cli.host import MeshHost
 from imagemesh_client import AsyncClient, GeneratedImage
 from imagemesh_runtime.service import set_process_defaults
@@ -29,7 +29,8 @@ async def _demo(host: MeshHost, prompt: str, seed: int, folder: Path) -> None:
         picture = generation.images[0]
         path = picture.save(folder / "demo.png")
         made = generation.parameters
-        print(f'"{prompt}" by {made.model}, {made.steps} steps of {made.scheduler}, seed {picture.seed}: {path}')
+        steps = counted(made.steps, "step")
+        print(f'"{prompt}" by {made.model}, {steps} of {made.scheduler}, seed {picture.seed}: {path}')
         await _classify(client, picture)
         print_timings(generation.timings)
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from datetime import datetime
 
 from imagemesh_cli.client_commands import generation_options, save, tell_generation
-from imagemesh_cli.console import print_json, print_table, progress_bar
+from imagemesh_cli.console import counted, print_json, print_table, progress_bar
 from imagemesh_client import Client, Job
 
 _SHOWN = 40  # characters of a prompt in the table
@@ -50,7 +50,7 @@ def watch_job(args: Namespace) -> int:
     elif args.json:
         print_json(_json(job))
     else:
-        print(f"{job.id}: {job.state}, {len(made.images)} pictures")
+        print(f"{job.id}: {job.state}, {counted(len(made.images), 'picture')}")
     return 0
 
 

@@ -42,6 +42,8 @@ def _report(error: Exception) -> int:
 
     if isinstance(error, Unavailable) and error.service == "gateway":
         complain(f"{error}; is it running (imagemesh up)?")
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
     elif isinstance(error, MeshError | OSError):
         complain(str(error))
     else:

@@ -16,15 +16,18 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_runtime.config import ServerConfig
 from imagemesh_runtime.errors import MeshError
+from imagemesh_runtime.images import decode
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.server import MeshServer
+from imagemesh_runtime.streaming import as_fields
 from imagemesh_runtime.tensors import to_proto
 
 STEPS = 3
 
 
 class RecordingGateway(rpc.GatewayServiceServicer):
-    """Picture i of a generation is 8 x 8 pixels of (seed + i) % 256; the embedding of picture i is [i, i + 0.5]."""
+    """Picture i of a generation is 8 x 8 pixels of (seed + i) % 256; the embedding of picture i, of a
+    request or of a stream, is [i, i + 0.5]."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -35,6 +38,10 @@ class RecordingGateway(rpc.GatewayServiceServicer):
         self.hold = False
         # End a generation without its result.
         self.forget_result = False
+        # Answer no label to what is classified.
+        self.labels = True
+        # Calls of ClassifyStream.
+        self.streams = 0
         self.holding, self.cancelled = threading.Event(), threading.Event()
 
     def _note(self, request: Any) -> None:
@@ -66,15 +73,33 @@ class RecordingGateway(rpc.GatewayServiceServicer):
             vit_service_pb2.Prediction(label="cat", probability=0.75, index=4, logit=2.5),
             vit_service_pb2.Prediction(label="dog", probability=0.25, index=1, logit=1.5),
         ]
-        one = vit_service_pb2.Classification(predictions=predictions)
+        one = vit_service_pb2.Classification(predictions=predictions if self.labels else [])
         return pb.ClassifyResponse(classifications=[one] * len(request.images), model="vit-tiny", backend="fake")
 
-    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+    async def Embed(self, request: pb.EmbedRequest, context: Any, first: int = 0) -> pb.EmbedResponse:
         self._note(request)
         if self.hold:
             await self._hold()
-        rows = np.array([[i, i + 0.5] for i in range(len(request.images))], dtype=np.float32)
+        rows = np.array([[i, i + 0.5] for i in range(first, first + len(request.images))], dtype=np.float32)
         return pb.EmbedResponse(embeddings=to_proto(rows), model="vit-tiny", backend="fake")
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any
+    ) -> AsyncIterator[pb.ClassifyStreamResponse]:
+        self.streams += 1
+        async for index, request in _numbered(request_iterator):
+            try:
+                decode(request.request.images[0], "images[0]")
+                answer = {"response": await self.Classify(request.request, context)}
+            except MeshError as error:
+                answer = as_fields(error)
+            yield pb.ClassifyStreamResponse(index=index, **answer)
+
+    async def EmbedStream(
+        self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: Any
+    ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        async for index, request in _numbered(request_iterator):
+            yield pb.EmbedStreamResponse(index=index, response=await self.Embed(request.request, context, index))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._note(request)
@@ -94,6 +119,13 @@ class RecordingGateway(rpc.GatewayServiceServicer):
             name="APG", class_name="Adaptive", about="turns", accepts={"eta": "0 to 1"}
         )
         return pb.DescribeSamplingResponse(schedulers=[scheduler], guiders=[guider])
+
+
+async def _numbered(requests: AsyncIterator[Any]) -> AsyncIterator[tuple[int, Any]]:
+    index = 0
+    async for request in requests:
+        yield index, request
+        index += 1
 
 
 def _result(request: pb.GenerateRequest) -> pb.GenerateResult:

@@ -1,35 +1,16 @@
 """The client commands: options reach the gateway, answers reach files and stdout, failures are a line and a code."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2, tensor_pb2, vit_service_pb2
-from imagemesh_cli.main import main
+from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_runtime.errors import InternalError, InvalidArgument, NotFound, Overloaded
 from tests.support.recording_gateway import RecordingGateway, png
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(gateway: RecordingGateway, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command against the gateway; answers exit code, stdout and stderr."""
-    monkeypatch.setenv("IMAGEMESH_SERVER", gateway.address)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
+from tests.unit.cli.conftest import Run
 
 
 def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
@@ -96,51 +77,6 @@ def test_generate_as_json(run: Run, tmp_path: Path) -> None:
         {"stage": "vae", "seconds": 0.5, "compute_seconds": 0.25, "queue_seconds": 0.125, "bytes_sent": 10,
          "bytes_received": 20}
     ]  # fmt: skip
-
-
-def test_classify_prints_labels(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "fox.png"
-    file.write_bytes(png(1))
-    assert run("classify", file, "--top-k", 2, "--threshold", 0.25, "--model", "vit-tiny") == (
-        0,
-        f"{file}: cat 75.0%\n{file}: dog 25.0%\n",
-        "",
-    )
-    image = image_pb2.Image(encoded=png(1))
-    assert gateway.requests == [pb.ClassifyRequest(images=[image], top_k=2, threshold=0.25, model="vit-tiny")]
-
-
-def test_classify_as_json(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "fox.png"
-    file.write_bytes(png(1))
-    _, out, _ = run("classify", file, file, "--json")
-    cat = {"label": "cat", "probability": 0.75, "index": 4, "logit": 2.5}
-    dog = {"label": "dog", "probability": 0.25, "index": 1, "logit": 1.5}
-    assert (
-        json.loads(out) == [{"file": str(file), "model": "vit-tiny", "backend": "fake", "predictions": [cat, dog]}] * 2
-    )
-
-
-def test_embed_prints_a_line_a_picture(gateway: RecordingGateway, run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "fox.png"
-    file.write_bytes(png(1))
-    code, out, _ = run("embed", file, "--pooling", "mean", "--normalize", "--model", "vit-tiny")
-    assert (code, out) == (0, f"{file}: 2 numbers, length 0.5000: 0.0000 0.5000 ...\n")
-    image = image_pb2.Image(encoded=png(1))
-    asked = pb.EmbedRequest(images=[image], pooling=vit_service_pb2.POOLING_MEAN, normalize=True, model="vit-tiny",
-                            dtype=tensor_pb2.DTYPE_FP32)  # fmt: skip
-    assert gateway.requests == [asked]
-
-
-def test_embed_as_json_and_as_an_array(run: Run, tmp_path: Path) -> None:
-    file, array = tmp_path / "fox.png", tmp_path / "fox.npy"
-    file.write_bytes(png(1))
-    _, out, _ = run("embed", file, file, "--json", "-o", array)
-    assert json.loads(out) == [
-        {"file": str(file), "model": "vit-tiny", "backend": "fake", "embedding": [0.0, 0.5]},
-        {"file": str(file), "model": "vit-tiny", "backend": "fake", "embedding": [1.0, 1.5]},
-    ]
-    np.testing.assert_array_equal(np.load(array), [[0, 0.5], [1, 1.5]])
 
 
 def test_models_prints_a_table_and_who_is_missing(run: Run) -> None:

@@ -78,7 +78,7 @@ def test_a_port_that_is_none_is_refused(port: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args(["up", f"--grpc-port={port}"])
     assert caught.value.code == 2
-    assert f"not a port: {port}" in capsys.readouterr().err
+    assert f"--grpc-port: must be a whole number from 0 to 65535, got '{port}'" in capsys.readouterr().err
 
 
 def test_a_taken_address_is_told_with_its_reason() -> None:
