@@ -9,6 +9,7 @@ from pathlib import Path
 from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
 from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.findings import A_MODEL
 
 
 def generate(args: Namespace) -> int:
@@ -113,13 +114,17 @@ def models(args: Namespace) -> int:
     with Client(args.server, timeout=args.timeout) as client:
         answer = client.models()
     if args.json:
-        print_json({"models": [asdict(model) for model in answer], "unreachable": answer.unreachable})
+        told = {"unreachable": answer.unreachable, "roots": answer.roots}
+        print_json({"models": [asdict(model) for model in answer], **told})
         return 0
     rows = [
         (model.name, model.role, model.backend, model.dtype, model.device, "yes" if model.loaded else "no")
         for model in answer
     ]
-    print_table(("MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"), rows)
+    if rows:
+        print_table(("MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"), rows)
+    elif answer.roots:
+        complain(f"no model: the services looked in {', '.join(answer.roots)}; {A_MODEL}")
     if answer.unreachable:
         complain(f"not reachable: {', '.join(answer.unreachable)}; their models are missing from the list")
     return 0

@@ -4,6 +4,7 @@ Nothing heavy is imported here. Bounds that only the mesh knows are left to it.
 """
 
 import json
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from math import isfinite
@@ -102,6 +103,17 @@ def file(text: str) -> Path:
     if not path.is_file():
         raise ArgumentTypeError(f"no such file: {text}")
     return path
+
+
+def folders(text: str) -> str:
+    """Folders that are there, joined as in PATH."""
+    parts = [part for part in text.split(os.pathsep) if part]
+    if not parts:
+        raise _refuse(f"one folder, or several joined by {os.pathsep!r}", text)
+    for part in parts:
+        if not Path(part).expanduser().is_dir():
+            raise ArgumentTypeError(f"no such folder: {part}")
+    return text
 
 
 def file_to_write(text: str) -> Path:

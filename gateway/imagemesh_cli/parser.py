@@ -11,6 +11,7 @@ from imagemesh_cli.option_types import (
     address,
     file,
     file_to_write,
+    folders,
     number,
     option,
     picture_to_write,
@@ -104,7 +105,10 @@ def _tune(parser: ArgumentParser) -> None:
 
 
 def _models_and_config(parser: ArgumentParser) -> None:
-    parser.add_argument("--models", metavar="DIR", help="folders of models, separated as in PATH")
+    parser.add_argument(
+        "--models", type=folders, metavar="DIR",
+        help="where model folders lie, several joined as in PATH (default: the models that come with imagemesh)",
+    )  # fmt: skip
     parser.add_argument("--backend", metavar="NAME", help="what runs the models (default: the best one installed)")
     parser.add_argument("--config", type=file, metavar="FILE", help="TOML file, a table for each service")
 

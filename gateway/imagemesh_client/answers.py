@@ -144,7 +144,7 @@ def _prediction(prediction: vit_service_pb2.Prediction) -> Prediction:
 
 def models(response: pb.ListModelsResponse) -> Models:
     """What the mesh can run."""
-    return Models(tuple(map(_model, response.models)), tuple(response.unreachable))
+    return Models(tuple(map(_model, response.models)), tuple(response.unreachable), tuple(response.roots))
 
 
 def _model(info: model_service_pb2.ModelInfo) -> Model:

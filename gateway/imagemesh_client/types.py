@@ -219,10 +219,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Models:
-    """All that the mesh can run; the models of ``unreachable`` services are missing."""
+    """All that the mesh can run; the models of ``unreachable`` services are missing.
+
+    Attributes:
+        roots: folders, where the services run, below which they look for models.
+    """
 
     models: tuple[Model, ...]
     unreachable: tuple[str, ...]
+    roots: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self.models)

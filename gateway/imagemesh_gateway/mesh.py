@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from imagemesh.v1 import (
     model_service_pb2,
@@ -80,6 +80,11 @@ class Catalogue:
             "vit": config.default_vit,
         }
         self._known: dict[str, tuple[float, Mapping[str, ModelInfo]]] = {}
+        self._roots: dict[str, Sequence[str]] = {}
+
+    def roots(self) -> list[str]:
+        """The folders below which the services look for models, as far as they have been asked."""
+        return list(dict.fromkeys(root for roots in self._roots.values() for root in roots))
 
     async def find(self, peer: Peer | Replicas, name: str) -> ModelInfo:
         """The service's model of that name; "" is the default one.
@@ -95,7 +100,8 @@ class Catalogue:
             models = await self.fetch(peer)
         if not wanted:
             if not models:
-                raise FailedPrecondition(f"{peer.name} has no model to serve")
+                looked = f"; it looked in {', '.join(roots)}" if (roots := self._roots.get(peer.name)) else ""
+                raise FailedPrecondition(f"{peer.name} has no model to serve{looked}")
             wanted = min(models)
         if wanted not in models:
             raise NotFound("model", wanted, models)
@@ -125,4 +131,5 @@ class Catalogue:
         answer = await peer.unary(stub.ListServedModels, request, timeout_seconds=self._timeout)
         models = {info.name: info for info in answer.models}
         self._known[peer.name] = (time.monotonic(), models)
+        self._roots[peer.name] = list(answer.roots)
         return models

@@ -84,7 +84,7 @@ class GatewayServicer(rpc.GatewayServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         models, unreachable = await self._mesh.models()
-        return pb.ListModelsResponse(models=models, unreachable=unreachable)
+        return pb.ListModelsResponse(models=models, unreachable=unreachable, roots=self._mesh.catalogue.roots())
 
     async def DescribeSampling(self, request: pb.DescribeSamplingRequest, context: Any) -> pb.DescribeSamplingResponse:
         peer = self._mesh.diffusion.pick()

@@ -21,7 +21,8 @@ from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_MARKERS = ("model_index.json", "config.json")
+# The files that make a folder a model: of a pipeline, and of a single module.
+MARKERS = ("model_index.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Repository:
     """Model folders under one or more roots; the first root that has a name wins."""
 
     def __init__(self, roots: Iterable[Path]) -> None:
-        self._roots = tuple(roots)
+        self.roots = tuple(roots)
 
     @classmethod
     def parse(cls, paths: str) -> "Repository":
@@ -65,9 +66,9 @@ class Repository:
     def folders(self) -> dict[str, ModelFolder]:
         """All models by name, read anew from disk."""
         found: dict[str, ModelFolder] = {}
-        for root in self._roots:
+        for root in self.roots:
             seen: set[str] = set()  # in this root, broken ones too: their parts are no models either
-            for marker in _MARKERS:
+            for marker in MARKERS:
                 for file in (*sorted(root.glob(f"*/{marker}")), *sorted(root.glob(f"*/*/{marker}"))):
                     name = file.parent.relative_to(root).as_posix()
                     if name in seen or name.rpartition("/")[0] in seen or _hidden(name):
@@ -128,6 +129,10 @@ class Backend(Protocol[Model_co]):
     name: str
     device: str
     dtype: str
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where its models lie; None: it needs none on a disk."""
 
     def cards(self) -> Mapping[str, ModelCard]:
         """The models that it can run, by name; called from any thread, since it may read the disk."""

@@ -9,10 +9,13 @@ from typing import Any, Generic, TypeVar
 
 from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
 from imagemesh_runtime.config import ModelServerConfig, load
+from imagemesh_runtime.findings import nothing_to_serve
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, ModelCard
 from imagemesh_runtime.server import MeshServer, stop_signal
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=ModelServerConfig)
 Model = TypeVar("Model")
@@ -24,6 +27,7 @@ class ModelServer(MeshServer, Generic[Model]):
     def __init__(self, config: ModelServerConfig, metrics: Metrics, models: LoadedModels[Model]) -> None:
         super().__init__(config, metrics)
         self._models = models
+        self._given = config.models
         self._preload = [name for name in config.preload.split(",") if name]
         self._closers: list[Callable[[], Any]] = []
         self._lister = ModelServicer(metrics.service, models)
@@ -42,7 +46,17 @@ class ModelServer(MeshServer, Generic[Model]):
         await super().start()
         for name in self._preload:
             await self._models.get(name)
+        if not self._preload:
+            await asyncio.to_thread(self._warn_of_nothing)  # it reads the disk
         await self.set_ready()
+
+    def _warn_of_nothing(self) -> None:
+        """Models may still be put there; but whoever forgot them should not learn it from a failed request."""
+        repository = self._models.backend.repository
+        if repository is not None and not self._models.backend.cards():
+            # Not every role has a model among those that come with imagemesh: nobody's mistake.
+            level = logging.WARNING if self._given else logging.INFO
+            log.log(level, "%s", nothing_to_serve(self._config.SERVICE, repository))
 
     async def stop(self) -> None:
         """Stop the server, then what it used."""
@@ -79,7 +93,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             )
             for card in cards.values()
         ]
-        return model_service_pb2.ListServedModelsResponse(models=infos)
+        roots = map(str, backend.repository.roots) if backend.repository is not None else ()
+        return model_service_pb2.ListServedModelsResponse(models=infos, roots=roots)
 
 
 def set_process_defaults(log_level: str = "INFO") -> None:

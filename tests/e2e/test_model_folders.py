@@ -44,11 +44,25 @@ def test_a_spoiled_folder_is_left_out_and_the_others_serve(models: Path, tmp_pat
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
 
-def test_a_service_without_any_model_says_so(tmp_path: Path) -> None:
-    with (
-        running_mesh(backend="torch", models=str(tmp_path)) as mesh,
-        Client(mesh.grpc_address) as client,
-        pytest.raises(MeshError, match="diffusion has no model to serve") as caught,
-    ):
-        client.generate("a cat", steps=2)
+def test_services_without_any_model_say_so_and_where_they_looked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_mesh(backend="torch", models=str(tmp_path)) as mesh, Client(mesh.grpc_address) as client:
+        listed = client.models()
+        with pytest.raises(MeshError) as caught:
+            client.generate("a cat", steps=2)
+    assert (len(listed), listed.unreachable, listed.roots) == (0, (), (str(tmp_path),))
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert str(caught.value) == f"diffusion has no model to serve; it looked in {tmp_path}"
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    roles = ["controlnet", "diffusion", "text-encoder", "vae", "vit"]
+    assert sorted(text.split(" ")[0] for text in warned) == roles
+    assert all(f"it looked in {tmp_path}, which holds no model folder" in text for text in warned)
+
+
+def test_only_services_that_have_no_model_warn(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(models / "tiny-sd", tmp_path / "painter")
+    with running_mesh(backend="torch", models=str(tmp_path)), running_mesh(backend="fake"):
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(text.split(" ")[0] for text in warned) == ["controlnet", "vit"]
+    assert all("painter (StableDiffusionPipeline), and runs none of these" in text for text in warned)

@@ -40,6 +40,8 @@ class RecordingGateway(rpc.GatewayServiceServicer):
         self.forget_result = False
         # Answer no label to what is classified.
         self.labels = True
+        # Have a model to list.
+        self.has_models = True
         # Calls of ClassifyStream.
         self.streams = 0
         self.holding, self.cancelled = threading.Event(), threading.Event()
@@ -107,7 +109,9 @@ class RecordingGateway(rpc.GatewayServiceServicer):
             name="sd-tiny", role="diffusion", backend="torch", dtype="float32", device="cpu", loaded=True,
             properties={"width": "64"},
         )  # fmt: skip
-        return pb.ListModelsResponse(models=[info], unreachable=["vit"])
+        if not self.has_models:
+            return pb.ListModelsResponse(roots=["/models", "/more"])
+        return pb.ListModelsResponse(models=[info], unreachable=["vit"], roots=["/models"])
 
     async def DescribeSampling(self, request: pb.DescribeSamplingRequest, context: Any) -> pb.DescribeSamplingResponse:
         self._note(request)

@@ -88,6 +88,16 @@ def test_models_prints_a_table_and_who_is_missing(run: Run) -> None:
     assert (code, err) == (0, "imagemesh: not reachable: vit; their models are missing from the list\n")
 
 
+def test_a_mesh_without_models_tells_where_they_belong(gateway: RecordingGateway, run: Run) -> None:
+    gateway.has_models = False
+    code, out, err = run("models")
+    assert (code, out) == (0, "")
+    assert err.startswith(
+        "imagemesh: no model: the services looked in /models, /more; a model is a folder below one of "
+    )
+    assert json.loads(run("models", "--json")[1]) == {"models": [], "unreachable": [], "roots": ["/models", "/more"]}
+
+
 def test_schedulers_and_guiders_are_tables(run: Run) -> None:
     code, out, err = run("schedulers")
     assert (code, err) == (0, "")
@@ -108,7 +118,7 @@ def test_models_as_json(run: Run) -> None:
     code, out, err = run("models", "--json")
     model = {"name": "sd-tiny", "role": "diffusion", "backend": "torch", "dtype": "float32", "device": "cpu",
              "loaded": True, "properties": {"width": "64"}}  # fmt: skip
-    assert (code, json.loads(out), err) == (0, {"models": [model], "unreachable": ["vit"]}, "")
+    assert (code, json.loads(out), err) == (0, {"models": [model], "unreachable": ["vit"], "roots": ["/models"]}, "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A command that was typed wrongly is told in a line which option is wrong, what was given, and what is allowed."""
 
+import os
 from importlib.metadata import version
 
 import pytest
@@ -40,6 +41,9 @@ GENERATE = ("generate", "a fox", "-o", "fox.png")
         (("jobs", "list", "--limit", "0"), "argument --limit: must be a whole number from 1, got '0'"),
         (("jobs", "create", "a fox", "--keep-for", "0"), "argument --keep-for: must be a number above 0, got '0'"),
         (("jobs", "create", "a fox", "--finish-within", "0"), "--finish-within: must be a number above 0, got '0'"),
+        (("up", "--models", "nowhere"), "argument --models: no such folder: nowhere"),
+        (("serve", "vit", "--models", f".{os.pathsep}nowhere"), "argument --models: no such folder: nowhere"),
+        (("up", "--models", ""), "argument --models: must be one folder, or several joined by ':', got ''"),
         (("tune", "--size", "0x64"), "argument --size: must be WIDTHxHEIGHT in pixels, each at least 1"),
         (("serve", "vae", "--set", "=1"), "argument --set: must be NAME=VALUE, got '=1'"),
         (("up", "--http-port", "http"), "argument --http-port: must be a whole number from 0 to 65535, got 'http'"),

@@ -166,7 +166,7 @@ def test_models_lists_models_and_who_did_not_answer(gateway: RecordingGateway) -
     with Client(gateway.address) as client:
         models = client.models()
     assert list(models) == [Model("sd-tiny", "diffusion", "torch", "float32", "cpu", True, {"width": "64"})]
-    assert (len(models), models.unreachable) == (1, ("vit",))
+    assert (len(models), models.unreachable, models.roots) == (1, ("vit",), ("/models",))
     assert gateway.requests == [pb.ListModelsRequest()]
 
 

@@ -134,6 +134,7 @@ class Backend:
     """Models "a" and "b" are numbered by their loads; the load waits for ``go`` and fails while told to."""
 
     name, device, dtype = "numbers", "cpu", "float32"
+    repository = Repository([Path("numbers")])
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -183,6 +184,7 @@ async def test_the_disk_is_read_beside_the_event_loop(backend: Backend, models: 
     await models.get("a")
     answer = await ModelServicer("numbers", models).ListServedModels(ListServedModelsRequest(), None)
     assert [(info.name, info.loaded) for info in answer.models] == [("a", True), ("b", False)]
+    assert answer.roots == ["numbers"]
     assert backend.scanned_on
     assert threading.current_thread() not in backend.scanned_on
 

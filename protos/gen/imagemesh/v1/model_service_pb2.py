@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n imagemesh/v1/model_service.proto\x12\x0cimagemesh.v1\"\x19\n\x17ListServedModelsRequest\"C\n\x18ListServedModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.ModelInfo\"\xd7\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0e\n\x06loaded\x18\x06 \x01(\x08\x12;\n\nproperties\x18\x07 \x03(\x0b\x32\'.imagemesh.v1.ModelInfo.PropertiesEntry\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32q\n\x0cModelService\x12\x61\n\x10ListServedModels\x12%.imagemesh.v1.ListServedModelsRequest\x1a&.imagemesh.v1.ListServedModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n imagemesh/v1/model_service.proto\x12\x0cimagemesh.v1\"\x19\n\x17ListServedModelsRequest\"R\n\x18ListServedModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.ModelInfo\x12\r\n\x05roots\x18\x02 \x03(\t\"\xd7\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0e\n\x06loaded\x18\x06 \x01(\x08\x12;\n\nproperties\x18\x07 \x03(\x0b\x32\'.imagemesh.v1.ModelInfo.PropertiesEntry\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32q\n\x0cModelService\x12\x61\n\x10ListServedModels\x12%.imagemesh.v1.ListServedModelsRequest\x1a&.imagemesh.v1.ListServedModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=50
   _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=75
   _globals['_LISTSERVEDMODELSRESPONSE']._serialized_start=77
-  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=144
-  _globals['_MODELINFO']._serialized_start=147
-  _globals['_MODELINFO']._serialized_end=362
-  _globals['_MODELINFO_PROPERTIESENTRY']._serialized_start=313
-  _globals['_MODELINFO_PROPERTIESENTRY']._serialized_end=362
-  _globals['_MODELSERVICE']._serialized_start=364
-  _globals['_MODELSERVICE']._serialized_end=477
+  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=159
+  _globals['_MODELINFO']._serialized_start=162
+  _globals['_MODELINFO']._serialized_end=377
+  _globals['_MODELINFO_PROPERTIESENTRY']._serialized_start=328
+  _globals['_MODELINFO_PROPERTIESENTRY']._serialized_end=377
+  _globals['_MODELSERVICE']._serialized_start=379
+  _globals['_MODELSERVICE']._serialized_end=492
 # @@protoc_insertion_point(module_scope)

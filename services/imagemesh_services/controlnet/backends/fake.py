@@ -39,6 +39,7 @@ class FakeControlNet:
     """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: ControlNetConfig) -> None:
         """Needs nothing of the configuration."""

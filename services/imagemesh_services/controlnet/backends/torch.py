@@ -89,14 +89,14 @@ class TorchControlNet:
     name = "torch"
 
     def __init__(self, config: ControlNetConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        folders = self._repository.folders().values()
+        folders = self.repository.folders().values()
         return {
             folder.name: ModelCard(folder.name, {"class": "ControlNetModel"})
             for folder in folders
@@ -104,5 +104,5 @@ class TorchControlNet:
         }
 
     def load(self, name: str) -> TorchControlModel:
-        path = self._repository.folders()[name].path
+        path = self.repository.folders()[name].path
         return TorchControlModel(load_module(ControlNetModel, path, self._dtype, self._device))

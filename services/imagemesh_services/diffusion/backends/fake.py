@@ -163,6 +163,7 @@ class FakeDiffusion:
     """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: DiffusionConfig) -> None:
         """Needs nothing of the configuration."""

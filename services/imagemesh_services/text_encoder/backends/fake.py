@@ -43,6 +43,7 @@ class FakeTextEncoder:
     """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: TextEncoderConfig) -> None:
         """Needs nothing of the configuration."""

@@ -37,6 +37,7 @@ class FakeVae:
     """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: VaeConfig) -> None:
         """Needs nothing of the configuration."""

@@ -114,17 +114,17 @@ class TorchVae:
     name = "torch"
 
     def __init__(self, config: VaeConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self._repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchVaeModel:
-        folder = self._repository.folders()[name]
+        folder = self.repository.folders()[name]
         # Such a VAE, SDXL's own for one, overflows in half precision.
         upcast = folder.read("vae", "config.json").get("force_upcast", True) and self._dtype == torch.float16
         dtype = torch.float32 if upcast else self._dtype

@@ -47,6 +47,7 @@ class FakeVit:
     """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: VitConfig) -> None:
         """Needs nothing of the configuration."""

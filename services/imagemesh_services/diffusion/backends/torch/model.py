@@ -178,7 +178,7 @@ class TorchDiffusion:
     name = "torch"
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self._max_rows = config.max_batch
@@ -186,10 +186,10 @@ class TorchDiffusion:
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self._repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchDiffusionModel | flow_model.FlowModel:
-        folder = self._repository.folders()[name]
+        folder = self.repository.folders()[name]
         part, cls = "unet", UNet2DConditionModel
         if folder.has("transformer"):
             part, cls = "transformer", flow_model.transformer_class(folder)

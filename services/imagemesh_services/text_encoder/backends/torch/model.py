@@ -163,17 +163,17 @@ class TorchTextEncoder:
     name = "torch"
 
     def __init__(self, config: TextEncoderConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self._repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchTextModel | TorchTextPair | blocks.BlockPrompts:
-        folder = self._repository.folders()[name]
+        folder = self.repository.folders()[name]
         if (family := blocks.family_of(folder)) is not None:
             return blocks.load(folder, family, self._dtype, self._device)
         parts = [folder.path / part for part in PARTS if folder.has(part)]

@@ -31,17 +31,17 @@ class TorchVit:
     name = "torch"
 
     def __init__(self, config: VitConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self._repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), _card)
 
     def load(self, name: str) -> TorchVitModel:
-        folder = self._repository.folders()[name]
+        folder = self.repository.folders()[name]
         # torchvision, where it is installed, would resize to slightly other pixels than Pillow.
         processor = AutoImageProcessor.from_pretrained(folder.path, backend="pil")
         module = load_module(AutoModelForImageClassification, folder.path, self._dtype, self._device)
