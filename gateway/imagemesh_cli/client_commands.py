@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
-from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires
+from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires, Model
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.findings import A_MODEL
 
@@ -118,16 +118,30 @@ def models(args: Namespace) -> int:
         print_json({"models": [asdict(model) for model in answer], **told})
         return 0
     rows = [
-        (model.name, model.role, model.backend, model.dtype, model.device, "yes" if model.loaded else "no")
+        (
+            model.name,
+            model.role,
+            model.backend,
+            model.dtype,
+            model.device,
+            "yes" if model.loaded else "no",
+            _own_scheduler(model),
+        )
         for model in answer
     ]
     if rows:
-        print_table(("MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"), rows)
+        print_table(("MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED", "SCHEDULER"), rows)
     elif answer.roots:
         complain(f"no model: the services looked in {', '.join(answer.roots)}; {A_MODEL}")
     if answer.unreachable:
         complain(f"not reachable: {', '.join(answer.unreachable)}; their models are missing from the list")
     return 0
+
+
+def _own_scheduler(model: Model) -> str:
+    """By the name that ``--scheduler`` takes, and its class where that is another."""
+    name, class_name = (model.properties.get(key, "") for key in ("scheduler", "scheduler_class"))
+    return name if class_name in ("", name) else f"{name} ({class_name})"
 
 
 def schedulers(args: Namespace) -> int:

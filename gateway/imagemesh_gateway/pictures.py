@@ -29,7 +29,7 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         lines.append(f"Negative prompt: {plan.negative_prompt}")
     fields: dict[str, object] = {
         "Steps": plan.steps,
-        "Sampler": plan.scheduler or scheduler,
+        "Sampler": scheduler,
         "CFG scale": f"{plan.guidance_scale:g}",
         "Seed": plan.seeds[index],
         "Size": f"{plan.width}x{plan.height}",

@@ -149,10 +149,10 @@ async def _progress(
 
 
 async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger) -> pb.GenerateResult:
+    scheduler = plan.scheduler or plan.own_scheduler or sampled.scheduler
     with ledger.metrics.stage.time("png"):
         files = [
-            await asyncio.to_thread(encode_png, image, describe(plan, sampled.scheduler, i))
-            for i, image in enumerate(images)
+            await asyncio.to_thread(encode_png, image, describe(plan, scheduler, i)) for i, image in enumerate(images)
         ]
     parameters = pb.GenerateParameters(
         prompt=plan.prompt,
@@ -162,7 +162,7 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         height=images.shape[1],
         steps=plan.steps,
         guidance_scale=plan.guidance_scale,
-        scheduler=plan.scheduler or sampled.scheduler,
+        scheduler=scheduler,
         seed=plan.seeds[0],
         clip_skip=plan.clip_skip,
         backends=ledger.backends,

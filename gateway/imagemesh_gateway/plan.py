@@ -50,6 +50,8 @@ class Plan:
     steps: int
     guidance_scale: float
     scheduler: str
+    # What the model's own is called, if its service says so.
+    own_scheduler: str
     clip_skip: int
     seeds: tuple[int, ...]
     controls: tuple[ControlPlan, ...]
@@ -86,7 +88,6 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     check_prompt("prompt", request.prompt)
     check_prompt("negative_prompt", request.negative_prompt)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
-    check_range("preview_every", request.preview_every, 0, MAX_STEPS)
     steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
     seeds = _seeds(request)
@@ -101,6 +102,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         steps=steps,
         guidance_scale=guidance,
         scheduler=request.scheduler,
+        own_scheduler=model.properties.get("scheduler", ""),
         clip_skip=request.clip_skip,
         seeds=seeds,
         controls=await _controls(request, mesh),
@@ -111,7 +113,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         guider=request.guider,
         guider_options=dict(request.guider_options),
         priority=_priority(request),
-        preview_every=request.preview_every,
+        preview_every=_preview_every(request),
         hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),
         inpaints=model.properties.get("needs") == "mask",
         literal_prompt=request.literal_prompt,
@@ -133,6 +135,11 @@ def _priority(request: pb.GenerateRequest) -> "priority_pb2.Priority.ValueType":
     if request.priority not in priority_pb2.Priority.values():
         raise InvalidArgument("priority", request.priority, ", ".join(priority_pb2.Priority.keys()))
     return request.priority
+
+
+def _preview_every(request: pb.GenerateRequest) -> int:
+    check_range("preview_every", request.preview_every, 0, MAX_STEPS)
+    return request.preview_every
 
 
 def _size(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, int]:

@@ -107,7 +107,7 @@ class RecordingGateway(rpc.GatewayServiceServicer):
         self._note(request)
         info = model_service_pb2.ModelInfo(
             name="sd-tiny", role="diffusion", backend="torch", dtype="float32", device="cpu", loaded=True,
-            properties={"width": "64"},
+            properties={"width": "64", "scheduler": "DPM++ 2M", "scheduler_class": "DPMSolverMultistepScheduler"},
         )  # fmt: skip
         if not self.has_models:
             return pb.ListModelsResponse(roots=["/models", "/more"])

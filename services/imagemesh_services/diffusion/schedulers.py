@@ -4,7 +4,7 @@ The names are AUTOMATIC1111's, and the classes those that diffusers' documentati
 (https://huggingface.co/docs/diffusers/api/schedulers/overview).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -88,3 +88,18 @@ def find_scheduler(name: str) -> SchedulerChoice | None:
     if choice is None:
         raise NotFound("scheduler", name, [*SCHEDULERS, *_CLASSES])
     return choice
+
+
+def name_of(class_name: str, settings: Mapping[str, Any], choices: Iterable[SchedulerChoice]) -> str:
+    """What a scheduler of this class and all these settings is called.
+
+    Of the choices whose options are its settings already it is the one that says most ("DPM++ 2M Karras" rather than
+    "DPM++ 2M"); the class itself if there is none.
+    """
+    fitting = [
+        choice
+        for choice in choices
+        if choice.class_name == class_name
+        and all(name in settings and settings[name] == value for name, value in choice.options.items())
+    ]
+    return max(fitting, key=lambda choice: len(choice.options)).name if fitting else class_name

@@ -82,8 +82,8 @@ def test_generate_as_json(run: Run, tmp_path: Path) -> None:
 def test_models_prints_a_table_and_who_is_missing(run: Run) -> None:
     code, out, err = run("models")
     assert [line.split() for line in out.splitlines()] == [
-        ["MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED"],
-        ["sd-tiny", "diffusion", "torch", "float32", "cpu", "yes"],
+        ["MODEL", "ROLE", "BACKEND", "DTYPE", "DEVICE", "LOADED", "SCHEDULER"],
+        ["sd-tiny", "diffusion", "torch", "float32", "cpu", "yes", "DPM++", "2M", "(DPMSolverMultistepScheduler)"],
     ]
     assert (code, err) == (0, "imagemesh: not reachable: vit; their models are missing from the list\n")
 
@@ -116,8 +116,9 @@ def test_schedulers_as_json_tell_what_they_accept(run: Run) -> None:
 
 def test_models_as_json(run: Run) -> None:
     code, out, err = run("models", "--json")
+    properties = {"width": "64", "scheduler": "DPM++ 2M", "scheduler_class": "DPMSolverMultistepScheduler"}
     model = {"name": "sd-tiny", "role": "diffusion", "backend": "torch", "dtype": "float32", "device": "cpu",
-             "loaded": True, "properties": {"width": "64"}}  # fmt: skip
+             "loaded": True, "properties": properties}  # fmt: skip
     assert (code, json.loads(out), err) == (0, {"models": [model], "unreachable": ["vit"], "roots": ["/models"]}, "")
 
 

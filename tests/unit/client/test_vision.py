@@ -165,7 +165,8 @@ def test_an_unknown_pooling_is_refused(gateway: RecordingGateway) -> None:
 def test_models_lists_models_and_who_did_not_answer(gateway: RecordingGateway) -> None:
     with Client(gateway.address) as client:
         models = client.models()
-    assert list(models) == [Model("sd-tiny", "diffusion", "torch", "float32", "cpu", True, {"width": "64"})]
+    properties = {"width": "64", "scheduler": "DPM++ 2M", "scheduler_class": "DPMSolverMultistepScheduler"}
+    assert list(models) == [Model("sd-tiny", "diffusion", "torch", "float32", "cpu", True, properties)]
     assert (len(models), models.unreachable, models.roots) == (1, ("vit",), ("/models",))
     assert gateway.requests == [pb.ListModelsRequest()]
 

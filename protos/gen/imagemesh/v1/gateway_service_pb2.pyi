@@ -524,6 +524,7 @@ class GenerateParameters(_message.Message):
     steps: _builtins.int
     guidance_scale: _builtins.float
     scheduler: _builtins.str
+    """As in the request; of a model's own scheduler the name that "scheduler" in ModelInfo tells."""
     seed: _builtins.int
     clip_skip: _builtins.int
     variation_seed: _builtins.int

@@ -19,6 +19,7 @@ from imagemesh_services.diffusion.backends.torch.flow_families import FlowFamily
 from imagemesh_services.diffusion.backends.torch.flow_run import FlowRun, Workflow
 from imagemesh_services.diffusion.backends.torch.flow_schedulers import for_flow
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
+from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
 from imagemesh_services.diffusion.backends.torch.start import LatentScale, check_image
 from imagemesh_services.diffusion.backends.torch.together import Begun, advance_together
@@ -198,4 +199,5 @@ def card(folder: ModelFolder, suits: Mapping[str, Any]) -> ModelCard | None:
     properties: dict[str, object] = {"class": folder.config["_class_name"], "family": family.name}
     properties |= {"width": side, "height": side, "multiple": scale * _PATCH}
     properties |= {"steps": family.steps, "guidance_scale": family.guidance, **suits}
+    properties |= scheduler_properties(folder, flow=True)
     return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})

@@ -45,10 +45,16 @@ def for_flow(choice: SchedulerChoice | None, own: Any) -> SchedulerChoice | None
     shift = own.config.get("shift", 1.0)
     found = _counterpart(choice, shift)
     if found is None:
-        names = [name for name, one in SCHEDULERS.items() if _counterpart(one, shift) is not None]
+        names = [one.name for one in counterparts(shift)]
         got = f"{choice.name} with {dict(choice.options)}" if choice.options else choice.name
         raise InvalidArgument("scheduler", got, f"one for flow-matching models: {', '.join(names)}")
     return found
+
+
+def counterparts(shift: float) -> list[SchedulerChoice]:
+    """What the names stand for where a model's own scheduler shifts its noise levels so, without those for nothing."""
+    found = (_counterpart(choice, shift) for choice in SCHEDULERS.values())
+    return [choice for choice in found if choice is not None]
 
 
 def _counterpart(choice: SchedulerChoice, shift: float) -> SchedulerChoice | None:

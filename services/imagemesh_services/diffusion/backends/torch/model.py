@@ -19,6 +19,7 @@ from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs, W
 from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
+from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
 from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
@@ -239,4 +240,5 @@ def _card(folder: ModelFolder) -> ModelCard | None:
     if unet["in_channels"] != channels:
         properties["needs"] = "mask"
     properties |= {"width": side, "height": side, "multiple": scale, **suits}
+    properties |= scheduler_properties(folder, flow=False)
     return ModelCard(folder.name, {name: str(value) for name, value in properties.items()})
