@@ -13,7 +13,7 @@ from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import MeshError, RemoteError
+from imagemesh_runtime.errors import Hangs, MeshError, RemoteError
 from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ MAX_MOVES: Final = 2
 class _Journey:
     """Where a request has been.
 
-    Only a replica that broke down while the request ran there may be the request's doing: not one that handed it back,
-    nor one that died, by another's doing perhaps, while it waited there.
+    Only a replica that broke down while the request ran there may be the request's doing, or one that hangs at it: not
+    one that handed it back, nor one that died, by another's doing perhaps, while it waited there.
     """
 
     gone: list[Peer] = field(default_factory=list)
@@ -37,7 +37,7 @@ class _Journey:
     def note(self, peer: Peer, error: MeshError) -> None:
         """The replica went away with this error."""
         self.gone.append(peer)
-        self.deaths += self.running and not isinstance(error, RemoteError)
+        self.deaths += self.running and (not isinstance(error, RemoteError) or _hangs(error))
 
     def may_move(self, peers: int) -> bool:
         """Whether there is another attempt, after ``note``; ``peers``: how many replicas there are."""
@@ -103,6 +103,11 @@ def _is_lost(error: MeshError) -> bool:
         return False
     named = [info.metadata.get("service") for info in error.details() if isinstance(info, error_details_pb2.ErrorInfo)]
     return not named or named == ["diffusion"]
+
+
+def _hangs(error: MeshError) -> bool:
+    """Whether the replica's device hangs at this request."""
+    return any(isinstance(one, error_details_pb2.ErrorInfo) and one.reason == Hangs.REASON for one in error.details())
 
 
 def _is_stale(error: MeshError) -> bool:

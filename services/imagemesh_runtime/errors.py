@@ -8,6 +8,7 @@ MeshError                  INTERNAL
 │   └── TooMuchAhead       RESOURCE_EXHAUSTED    RetryInfo: when to come back
 ├── TooLarge               RESOURCE_EXHAUSTED
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
+│   └── Hangs              UNAVAILABLE           ErrorInfo: which service, with a reason of its own
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
 ├── Unimplemented          UNIMPLEMENTED
@@ -164,6 +165,19 @@ class Unavailable(_AboutService):
     """A service can't be reached, or is going away."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class Hangs(Unavailable):
+    """A service's device doesn't come back from this very call, which may be what it hangs on."""
+
+    REASON = "HANGS"
+
+    def __init__(self, service: str) -> None:
+        super().__init__(service, "its device hangs at this call")
+
+    def details(self) -> Sequence[Message]:
+        info = error_details_pb2.ErrorInfo(reason=self.REASON, domain=DOMAIN, metadata={"service": self.service})
+        return (info,)
 
 
 class DeadlineExceeded(_AboutService):

@@ -32,6 +32,8 @@ class Lane:
         self._pool = ThreadPoolExecutor(
             1, thread_name_prefix=f"lane-{name}", initializer=_name_thread, initargs=(f"lane-{name}",)
         )
+        # When what runs began, by perf_counter; None: nothing runs.
+        self.busy_since: float | None = None
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``function`` on the lane and charge the current call for the wait and the work.
@@ -43,11 +45,12 @@ class Lane:
         submitted = perf_counter()
 
         def work() -> T:
-            begun = perf_counter()
+            begun = self.busy_since = perf_counter()
             call.queue_seconds += begun - submitted
             try:
                 return function(*args, **kwargs)
             finally:
+                self.busy_since = None
                 call.compute_seconds += perf_counter() - begun
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -58,7 +61,15 @@ class Lane:
         Raises:
             RuntimeError: the lane is closed.
         """
-        self._pool.submit(function)
+
+        def work() -> None:
+            self.busy_since = perf_counter()
+            try:
+                function()
+            finally:
+                self.busy_since = None
+
+        self._pool.submit(work)
 
     def close(self) -> None:
         """Let the work under way end and drop what waits."""

@@ -27,7 +27,8 @@ from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-# Health names for Kubernetes' gRPC probes. A draining service is alive, but not ready.
+# Health names for Kubernetes' gRPC probes. A draining service is alive, but not ready; one whose device hangs is
+# neither.
 LIVENESS = "liveness"
 READINESS = "readiness"
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -46,8 +47,8 @@ class MeshServer:
         self._config = config
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
         self._health = HealthServicer()
-        self._ready = False
-        self._draining = False
+        self._ready = self._wants_work = False
+        self._draining = self._hangs = False
         self._leases = Leases(config.listen, config.shared_memory_bytes)
         self._shares_memory = False
         layers = [
@@ -104,7 +105,17 @@ class MeshServer:
 
     async def set_ready(self, ready: bool = True) -> None:
         """Say through health and ``/readyz`` whether new work is welcome; once drained, it never is again."""
-        self._ready = ready and not self._draining
+        self._wants_work = ready
+        self._tell_ready()
+
+    async def set_hangs(self, hangs: bool) -> None:
+        """Say that the device hangs, or goes on: until then nothing is ready, and only a restart may help."""
+        self._hangs = hangs
+        self._health.set((LIVENESS,), serving=not hangs)
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        self._ready = self._wants_work and not self._draining and not self._hangs
         self._health.set(("", READINESS, *self._names), serving=self._ready)
 
     async def drain(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from imagemesh_client import AsyncClient, MeshError
 from tests.support.fleet import Fleet, fleet, gateway_before
@@ -65,6 +66,29 @@ async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(
     # The record says what the metrics say, of the replica that still has some.
     counted = found.metric(1, "imagemesh_step_seconds_count") - before
     assert counted == sum(process == survivor.pid for process, _, _ in done)
+
+
+async def test_a_replica_whose_forward_hangs_is_found_out_and_its_generations_end_at_the_other(
+    models: Path, undisturbed: Round
+) -> None:
+    hangs = {"IMAGEMESH_DIFFUSION_HANG_SECONDS": "3"}
+    with fleet("torch", models, **hangs) as found, gateway_before(found, "torch", models, EVERY) as address:
+        victim, hang = found.replicas[0], found.record.hang
+        await reached(found, address)
+        made = await together(address, SCHEDULERS, lambda: hang.write_text(str(victim.process.pid)))
+        np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
+        done = found.record.read()
+        assert max(repeated(done).values()) <= EVERY, repeated(done)
+        assert len({process for process, _, _ in done}) == 2  # the one that hangs had work
+        with grpc.insecure_channel(victim.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("readiness", "liveness"):
+                told = health.Check(health_pb2.HealthCheckRequest(service=name)).status
+                assert told == health_pb2.HealthCheckResponse.NOT_SERVING, name
+        assert [found.metric(i, "imagemesh_lane_hangs") for i in range(2)] == [1, 0]
+        hang.unlink()
+        victim.wait_ready()  # as soon as the forward ends after all
+        assert [found.metric(0, f"imagemesh_lane_{what}") for what in ("hangs", "hung_total")] == [0, 1]
 
 
 async def test_in_shared_forwards_the_pictures_are_the_same_but_for_a_two_hundred_and_fifty_fifth(

@@ -12,7 +12,7 @@ from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.placement import MAX_MOVES, sample
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import InvalidArgument, MeshError, Unavailable
+from imagemesh_runtime.errors import Hangs, InvalidArgument, MeshError, Unavailable
 from imagemesh_runtime.interceptors import LayeredInterceptor, errors_layer
 from imagemesh_runtime.metrics import Metrics
 
@@ -60,6 +60,18 @@ async def dies_at_once(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResp
 async def dies_of_another(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
     yield pb.SampleResponse(queued=pb.SampleQueued(position=1))
     raise Died
+
+
+async def hangs(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(started=pb.SampleStarted())
+    yield pb.SampleResponse(checkpoint=CHECKPOINT)
+    raise Hangs("diffusion")
+
+
+async def hangs_at_another(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+    yield pb.SampleResponse(started=pb.SampleStarted())
+    yield pb.SampleResponse(checkpoint=CHECKPOINT)
+    raise Unavailable("diffusion", "its device hangs")
 
 
 async def hands_back(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
@@ -115,7 +127,7 @@ async def test_a_generation_goes_on_from_the_last_checkpoint_elsewhere() -> None
         assert moved == len(asked)
 
 
-@pytest.mark.parametrize("dying", [dies, dies_at_once])
+@pytest.mark.parametrize("dying", [dies, dies_at_once, hangs])
 async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone(dying: Behaviour) -> None:
     async with fleet(*[dying] * 5) as (samplers, replicas):
         with pytest.raises(MeshError) as caught:
@@ -127,12 +139,12 @@ async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone(
         assert sorted(one.alone for one in asked) == [False, False, True]
 
 
-@pytest.mark.parametrize("innocent", [dies_of_another, hands_back])
+@pytest.mark.parametrize("innocent", [dies_of_another, hands_back, hangs_at_another])
 async def test_one_that_cannot_have_killed_its_replicas_goes_on_until_one_stays(innocent: Behaviour) -> None:
     async with fleet(*[innocent] * 4, finishes) as (samplers, replicas):
         for peer in replicas.peers[4:]:
             replicas.note_failure(peer)  # so that it comes last
-        assert (await run(replicas)).evaluations == (3 if innocent is hands_back else 0)
+        assert (await run(replicas)).evaluations == (0 if innocent is dies_of_another else 3)
         asked = [one for sampler in samplers for one in sampler.asked]
         assert len(asked) == 5
         assert not any(one.alone for one in asked)

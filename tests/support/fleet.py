@@ -57,9 +57,9 @@ class Fleet:
 
 
 @contextmanager
-def fleet(backend: str, models: Path, count: int = 2, *, max_batch: int = 1) -> Iterator[Fleet]:
-    """``count`` replicas, ready, and stopped at the end."""
-    settings = {"IMAGEMESH_MODELS": str(models), "IMAGEMESH_MAX_BATCH": str(max_batch)}
+def fleet(backend: str, models: Path, count: int = 2, *, max_batch: int = 1, **more: str) -> Iterator[Fleet]:
+    """``count`` replicas, ready, and stopped at the end; ``more`` is of their environment."""
+    settings = {"IMAGEMESH_MODELS": str(models), "IMAGEMESH_MAX_BATCH": str(max_batch), **more}
     # A path short enough for Unix sockets.
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         yield Fleet(stack, Path(folder), backend, count, settings)

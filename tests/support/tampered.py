@@ -5,7 +5,8 @@
 "recorded-torch" and "recorded-fake" are the backends of those names. Each evaluation is a line in the file that
 ``RECORD_VARIABLE`` names: the process, the request's first seed, the evaluation. The line is written when the
 evaluation is done, so that it outlives a process that is killed. A request of seed ``DEADLY`` ends the process at its
-third evaluation. The fake one takes its time, so that there is something to interrupt.
+third evaluation. The process whose number stands in the file of that name and ``.hang`` hangs in its forwards until the
+file is gone. The fake one takes its time, so that there is something to interrupt.
 """
 
 import os
@@ -30,6 +31,7 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.hang = path.with_suffix(".hang")
         self._read = 0
 
     def read(self) -> "list[tuple[int, int, int]]":
@@ -53,11 +55,14 @@ def repeated(done: "Sequence[tuple[int, int, int]]") -> "dict[int, int]":
 def _recording(model: Any, seed_of: Any, done: Any, seconds: float) -> Any:
     """The model, telling of each evaluation."""
     advance = model.advance
+    hung = Record(Path(os.environ[RECORD_VARIABLE])).hang
     file = os.open(os.environ[RECORD_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def recorded(runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Any:
         if any(seed_of(run) == DEADLY and done(run) == 2 for run in runs):
             os._exit(EXIT_CODE)
+        while hung.exists() and hung.read_text() == str(os.getpid()):
+            time.sleep(0.05)
         time.sleep(seconds)
         faults = advance(runs, residuals)
         lines = [f"{os.getpid()} {seed_of(run)} {done(run)}\n" for run in runs]

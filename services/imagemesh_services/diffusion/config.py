@@ -19,5 +19,9 @@ class DiffusionConfig(ModelServerConfig):
     knees_file: str = ""
     # Where the ControlNet service is; empty: requests with control units are refused.
     controlnet: str = ""
+    # The device is taken to hang when a tick takes longer than so many seconds and so many times what such ticks were
+    # measured to take; 0 seconds: never.
+    hang_seconds: float = 60.0
+    hang_factor: float = 20.0
     # How long one step may wait for a ControlNet's residuals.
     control_timeout_seconds: float = 60.0

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from imagemesh_runtime.context import CallContext, set_current_call
-from imagemesh_runtime.errors import DeadlineExceeded, Overloaded, TooMuchAhead, Unavailable
+from imagemesh_runtime.errors import DeadlineExceeded, Hangs, Overloaded, TooMuchAhead, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
@@ -35,6 +35,7 @@ from imagemesh_services.diffusion.generation import (
 from imagemesh_services.diffusion.limits import NOTHING, Limits
 from imagemesh_services.diffusion.pace import Pace, finish_times
 from imagemesh_services.diffusion.ticks import Tick, Ticks
+from imagemesh_services.diffusion.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ _SURE = 1.25
 _TOGETHER_SECONDS = 0.05
 # For a refusal before anything was measured.
 _UNKNOWN_RETRY = 1.0
+_HANGS = "its device hangs"
 
 
 class Engine:
@@ -54,6 +56,7 @@ class Engine:
             generation that is larger by itself runs alone.
         max_queue: most generations that may wait; one more is refused.
         tuned: the most rows of a kind of generations, as far as they were measured beforehand.
+        hang_seconds, hang_factor: see ``Watchdog``.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Engine:
         max_rows: int,
         max_queue: int,
         tuned: Mapping[Hashable, int] = NOTHING,
+        hang_seconds: float = 0.0,
+        hang_factor: float = 20.0,
     ) -> None:
         self._lane = lane
         self._metrics = metrics
@@ -78,6 +83,8 @@ class Engine:
         self._handing_back = False
         self._pace = Pace()
         self.limits = Limits(max_rows, self._pace, tuned)
+        self.watchdog = Watchdog(lane, metrics, self._pace, least=hang_seconds, factor=hang_factor)
+        self._watching: asyncio.Task[None] | None = None
         self._backlog = metrics.backlog.labels(metrics.service)
 
     async def sample(
@@ -95,7 +102,7 @@ class Engine:
         Raises:
             Overloaded: the queue is full, or too much is ahead for the deadline; nothing was done.
             DeadlineExceeded: it takes longer by itself than its deadline allows.
-            Unavailable: the engine was closed, or hands its work to other replicas.
+            Unavailable: the engine was closed, or hands its work to other replicas; or the lane hangs.
             MeshError: it failed; its neighbours did not.
         """
         generation = Generation(model, inputs, open_control, terms or Terms())
@@ -129,7 +136,7 @@ class Engine:
         self._closed = True
         if self._worker is not None:
             self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+            await asyncio.gather(self._worker, *filter(None, [self._watching]), return_exceptions=True)
         steering = [one.steering for one in self._active if one.steering is not None]
         self._end_all(Unavailable(self._metrics.service, "is going away"))
         await asyncio.gather(*steering, return_exceptions=True)
@@ -138,6 +145,8 @@ class Engine:
         """Take its place in the queue; answers how many wait ahead."""
         if self._closed or (self._handing_back and generation.terms.every):
             raise Unavailable(self._metrics.service, "is going away")
+        if self.watchdog.hangs and generation.terms.every:
+            raise Unavailable(self._metrics.service, _HANGS)
         waiting = [one for one in self._waiting if not one.gone]
         ahead = sum(one.turn <= generation.turn for one in waiting)
         times = self._finish_times([*waiting[:ahead], generation])
@@ -174,6 +183,8 @@ class Engine:
             self._ticks.halt()
         if not self._closed and (self._worker is None or self._worker.done()):
             self._worker = asyncio.create_task(self._work())
+            watch = self.watchdog.watch(self._worker, lambda: self._ticks, self._give_up)
+            self._watching = asyncio.create_task(watch)
 
     def _tell_backlog(self) -> None:
         times = self._finish_times([one for one in self._waiting if not one.gone])
@@ -234,6 +245,16 @@ class Engine:
             self._end(generation, away)
         self._drop_gone()
 
+    def _give_up(self) -> None:
+        """The lane hangs: end all who can go on elsewhere; those that it hangs at are told so."""
+        at = self._ticks.batch if self._ticks is not None and self._ticks.under_way is not None else ()
+        for one in [*self._active, *self._waiting]:
+            if one.terms.every:
+                stuck = one in at or (one.run is None and one in self._active)
+                service = self._metrics.service
+                self._end(one, Hangs(service) if stuck else Unavailable(service, _HANGS))
+        self._wake()
+
     def _fits(self, generation: Generation) -> bool:
         """Whether it may run beside those who do."""
         if not self._active:
@@ -264,7 +285,7 @@ class Engine:
             except Exception as error:
                 self._end(generation, generation.blame(error))
                 continue
-            if generation.open_control is not None:
+            if generation.open_control is not None and not generation.gone:
                 generation.wanted.set()
                 generation.steering = asyncio.create_task(self._steer(generation))
         self._metrics.pending.set(len(self._waiting))
@@ -297,7 +318,10 @@ class Engine:
     def _tell(self, batch: Sequence[Generation], tick: Tick) -> None:
         """Note what the tick took, and tell what became of each."""
         number = next(self._numbers)
-        self._pace.note(batch[0].kind, tick.cost.rows, tick.queue + tick.compute, tick.cost.forwards)
+        kind = batch[0].kind
+        # One that hung tells nothing of others, unless nothing else is known: then that is how slow it is here.
+        if not self.watchdog.hangs or self._pace.tick_seconds(kind, tick.cost.rows) is None:
+            self._pace.note(kind, tick.cost.rows, tick.queue + tick.compute, tick.cost.forwards)
         self._metrics.step.observe(tick.forward)
         self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)

@@ -25,6 +25,7 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
         server.on_stop(controlnet.close)
     servicer = DiffusionServicer(config, models, controlnet, metrics)
     server.on_describe(servicer.describe)
+    servicer.engine.watchdog.on_change.append(server.set_hangs)
     server.on_drain(servicer.engine.hand_back)
     server.on_stop(servicer.engine.close)
     server.add(rpc.add_DiffusionServiceServicer_to_server, servicer, "imagemesh.v1.DiffusionService")

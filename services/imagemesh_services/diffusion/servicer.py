@@ -40,7 +40,10 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         self._controlnet = controlnet
         self._metrics = metrics
         tuned = rows_on_file(config, models.backend.device, models.backend.dtype)
-        self.engine = Engine(models.lane, metrics, max_rows=config.max_batch, max_queue=config.max_queue, tuned=tuned)
+        self.engine = Engine(
+            models.lane, metrics, max_rows=config.max_batch, max_queue=config.max_queue, tuned=tuned,
+            hang_seconds=config.hang_seconds, hang_factor=config.hang_factor,
+        )  # fmt: skip
 
     def describe(self, card: ModelCard) -> Mapping[str, str]:
         """The most rows of a batch that are in force for a model, at its own size and at those that were measured."""

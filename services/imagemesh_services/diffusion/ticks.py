@@ -86,6 +86,8 @@ class Ticks:
         self._halted = not chained
         self._abandoned = False
         self._begun = self._told = 0
+        # What the lane is at, if it is at one of these.
+        self.under_way: Cost | None = None
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Queue[Tick | None] = asyncio.Queue()
         self._post()
@@ -114,7 +116,9 @@ class Ticks:
         if not self._abandoned and not (self._halted and self._begun):
             self._begun += 1
             begun, cost = perf_counter(), cost_of(self.batch)
+            self.under_way = cost
             outcomes, forward = advance(self.batch)
+            self.under_way = None
             more = self._goes_on(outcomes)
             tick = Tick(outcomes, cost, begun - submitted, forward, perf_counter() - begun, more)
         if not self._loop.is_closed():
