@@ -36,7 +36,12 @@ def tell_generation(generation: Generation, files: list[Path], as_json: bool) ->
 
 
 def generation_options(args: Namespace) -> GenerateOptions:
-    """The options of a generation that the command was given."""
+    """The options of a generation that the command was given.
+
+    Raises:
+        InvalidArgument: one is for nothing, since another is missing that it belongs to.
+    """
+    _check_mask(args)
     return GenerateOptions(
         negative_prompt=args.negative,
         model=args.model,
@@ -65,6 +70,14 @@ def generation_options(args: Namespace) -> GenerateOptions:
         variation_strength=args.variation_strength,
         variation_seed=args.variation_seed,
     )
+
+
+def _check_mask(args: Namespace) -> None:
+    if args.mask is not None:
+        return
+    for name in ("mask_blur", "mask_padding", "invert_mask", "keep_unmasked"):
+        if given := getattr(args, name):
+            raise InvalidArgument(f"--{name.replace('_', '-')}", given, "given beside --mask")
 
 
 def _controls(args: Namespace) -> list[Control]:

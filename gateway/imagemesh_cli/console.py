@@ -15,9 +15,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as what is in them."""
-    table = [tuple(header), *map(tuple, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    """Columns as wide as what is in them; those in which no row has anything are left out."""
+    told = list(rows)
+    kept = [i for i in range(len(header)) if not told or any(row[i] for row in told)]
+    table = [tuple(row[i] for i in kept) for row in (header, *told)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(kept))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 

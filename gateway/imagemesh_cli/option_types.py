@@ -116,6 +116,13 @@ def folders(text: str) -> str:
     return text
 
 
+def folder_to_make(text: str) -> Path:
+    """A folder that is there or can be made."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ArgumentTypeError(f"a folder is wanted, and this is a file: {text}")
+    return Path(text)
+
+
 def file_to_write(text: str) -> Path:
     """A file in a folder that is there."""
     path = Path(text)

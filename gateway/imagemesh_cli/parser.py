@@ -2,22 +2,22 @@
 
 import argparse
 import os
-from pathlib import Path
+import sys
 from typing import Any, NoReturn
 
+from imagemesh_cli.generation_parser import add_generation
 from imagemesh_cli.option_types import (
     SERVER_VARIABLE,
     FromEnvironment,
     address,
     file,
     file_to_write,
+    folder_to_make,
     folders,
     number,
-    option,
     picture_to_write,
     port,
     positive,
-    scale_or_size,
     setting,
     size,
     whole,
@@ -33,6 +33,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """Complains in a line: the usage of some commands would fill the terminal, and hide what was wrong."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("required: COMMAND"):
+            self.print_help(sys.stderr)
+            self.exit(2)
+        if message.startswith("unrecognized arguments") and " -" not in message:
+            message += " (a text of several words goes in quotes)"
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help tells all\n")
 
 
@@ -48,7 +53,11 @@ class _Version(argparse.Action):
 
 def build_parser() -> ArgumentParser:
     """All commands and their options."""
-    parser = ArgumentParser(prog="imagemesh", description="Make images and understand them with a mesh of services.")
+    parser = ArgumentParser(
+        prog="imagemesh",
+        description="Make images and understand them with a mesh of services.",
+        epilog='First "imagemesh up"; then, in another terminal: imagemesh generate "a red apple" -o apple.png',
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="tell the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -73,8 +82,8 @@ def build_parser() -> ArgumentParser:
 
 def _up(parser: ArgumentParser) -> None:
     parser.add_argument("--host", help="address that the gateway listens on (default: 127.0.0.1)")
-    parser.add_argument("--grpc-port", type=port, metavar="PORT", help="default: 50050; 0: any free one")
-    parser.add_argument("--http-port", type=port, metavar="PORT", help="default: 7860; 0: any free one")
+    parser.add_argument("--grpc-port", type=port, metavar="PORT", help="for gRPC (default: 50050; 0: any free one)")
+    parser.add_argument("--http-port", type=port, metavar="PORT", help="for HTTP (default: 7860; 0: any free one)")
     parser.add_argument("--json", action="store_true", help="tell as JSON where it listens")
     _models_and_config(parser)
 
@@ -90,7 +99,9 @@ def _serve(parser: ArgumentParser) -> None:
 
 
 def _tune(parser: ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="default: all that the service has")
+    parser.add_argument(
+        "model", nargs="?", default="", metavar="MODEL", help="which to measure (default: all that the service has)"
+    )
     parser.add_argument(
         "--size", type=size, action="append", default=[], metavar="WxH", help="pixels; repeatable (default: its own)"
     )
@@ -114,9 +125,13 @@ def _models_and_config(parser: ArgumentParser) -> None:
 
 
 def _demo(parser: ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default="a red apple", metavar="PROMPT", help='default: "%(default)s"')
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
-    parser.add_argument("--seed", type=whole(0), default=7, metavar="N", help="default: 7")
+    parser.add_argument(
+        "prompt", nargs="?", default="a red apple", metavar="PROMPT", help='what to show (default: "%(default)s")'
+    )
+    parser.add_argument(
+        "--out", type=folder_to_make, default="out", metavar="DIR", help="where to put it (default: out)"
+    )
+    parser.add_argument("--seed", type=whole(0), default=7, metavar="N", help="of the picture (default: 7)")
     _models_and_config(parser)
 
 
@@ -134,7 +149,7 @@ def _client(parser: ArgumentParser) -> None:
 
 def _generate(parser: ArgumentParser) -> None:
     _output(parser, required=True)
-    _generation(parser)
+    add_generation(parser)
     _client(parser)
 
 
@@ -156,79 +171,44 @@ def _jobs(parser: ArgumentParser) -> None:
     create = command("create", "create_job", "have pictures made, and do not wait for them")
     create.add_argument("--key", default="", metavar="TEXT", help="idempotency key: the same again is the same job")
     create.add_argument("--finish-within", type=positive, metavar="SECONDS", help="fail after that (default: never)")
-    create.add_argument("--keep-for", type=positive, metavar="SECONDS", help="once it is finished")
-    _generation(create)
+    create.add_argument(
+        "--keep-for", type=positive, metavar="SECONDS", help="how long once it is finished (default: a day)"
+    )
+    add_generation(create)
     listing = command("list", "list_jobs", "list jobs, the newest first")
-    listing.add_argument("--state", action="append", default=[], choices=STATES, help="repeatable (default: all)")
-    listing.add_argument("--limit", type=whole(1), default=50, metavar="N", help="default: 50")
+    listing.add_argument(
+        "--state", action="append", default=[], choices=STATES, help="only those in this state; repeatable"
+    )
+    listing.add_argument("--limit", type=whole(1), default=50, metavar="N", help="at most so many (default: 50)")
     watch = command("watch", "watch_job", "follow a job to its end, and write its pictures")
     _output(watch, required=False)
     cancel = command("cancel", "cancel_job", "cancel a job that is not finished")
     for parser_of_one in (watch, cancel):
-        parser_of_one.add_argument("job", metavar="ID")
+        parser_of_one.add_argument("job", metavar="ID", help="as imagemesh jobs create and list tell it")
     for each in (create, listing, watch, cancel):
         _client(each)
 
 
-def _generation(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("prompt", metavar="PROMPT")
-    add("--negative", default="", metavar="PROMPT", help="what not to show")
-    add("--seed", type=whole(0), metavar="N", help="picture i takes seed + i (default: drawn)")
-    add("--variation-strength", type=number, default=0.0, metavar="X", help="0 to 1: a picture much like the seed's")
-    add("--variation-seed", type=whole(0), metavar="N", help="which one (default: drawn)")
-    add("--steps", type=whole(1), metavar="N", help="default: what suits the model, or 20")
-    add("--guidance", type=number, metavar="X", help="classifier-free guidance (default: what suits the model, or 7.5)")
-    add("--size", type=size, metavar="WxH", help="pixels (default: the model's own)")
-    add("--scheduler", default="", metavar="NAME", help='such as "Euler a" (default: the model\'s own)')
-    add(
-        "--scheduler-option", type=option, action="append", default=[], metavar="NAME=VALUE",
-        help="such as solver_order=3 or timestep_spacing=trailing; repeatable",
-    )  # fmt: skip
-    add("--guider", default="", metavar="NAME", help='how guidance is done, such as "APG" or "PAG" (default: "CFG")')
-    add(
-        "--guider-option", type=option, action="append", default=[], metavar="NAME=VALUE",
-        help="such as guidance_rescale=0.7 or perturbed_guidance_layers=mid_block; repeatable",
-    )  # fmt: skip
-    add("--model", default="", metavar="NAME", help="default: the mesh's own; see imagemesh models")
-    add("-n", type=whole(1), default=1, metavar="COUNT", help="how many pictures (default: 1)")
-    add("--clip-skip", type=whole(0), default=0, metavar="N", help="layers of the text encoder to leave out")
-    add("--literal-prompt", action="store_true", help="brackets are text, and neither weigh words nor change them")
-    add("--image", type=file, metavar="FILE", help="start from this picture")
-    add("--strength", type=positive, metavar="X", help="how much of it is made anew (default: 0.8, or 1 with --mask)")
-    add("--mask", type=file, metavar="FILE", help="redraw --image only where this picture is bright")
-    add("--invert-mask", action="store_true", help="redraw where it is dark")
-    add("--mask-blur", type=whole(0), default=0, metavar="PIXELS", help="soften the mask's edge")
-    add("--keep-unmasked", action="store_true", help="lay the original over the rest")
-    add("--mask-padding", type=whole(0), metavar="PIXELS", help="redraw only the masked part and so much around it")
-    add("--hires", type=scale_or_size, metavar="X|WxH", help="enlarge it in a second pass: X times, or to that size")
-    add("--hires-upscaler", default="", metavar="NAME", help='"Latent" (default), "Lanczos"...')
-    add("--hires-steps", type=whole(1), metavar="N", help="default: as --steps")
-    add("--hires-strength", type=positive, metavar="X", help="how much is made anew (default: 0.7)")
-    add("--control", type=file, action="append", default=[], metavar="FILE", help="picture to follow; repeatable")
-    add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for the control")
-    add("--control-scale", type=number, action="append", default=[], metavar="X", help="its weight (default: 1)")
-    add("--priority", choices=["interactive", "normal", "batch"], help="who goes first (default: normal)")
-
-
 def _classify(parser: ArgumentParser) -> None:
-    parser.add_argument("files", type=file, nargs="+", metavar="FILE")
+    parser.add_argument("files", type=file, nargs="+", metavar="FILE", help="PNG, JPEG or WebP; any number")
     parser.add_argument("--top-k", type=whole(1), default=5, metavar="K", help="labels for each picture (default: 5)")
-    parser.add_argument("--threshold", type=number, default=0.0, metavar="P", help="leave out labels less probable")
-    parser.add_argument("--size", type=whole(1), metavar="PIXELS", help="side to see pictures at (default: trained)")
-    parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
+    parser.add_argument(
+        "--threshold", type=number, default=0.0, metavar="P", help="leave out labels less probable, 0 to 1 (default: 0)"
+    )
+    parser.add_argument("--size", type=whole(1), metavar="PIXELS", help="side to see pictures at (default: as trained)")
+    parser.add_argument("--model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
     _client(parser)
 
 
 def _embed(parser: ArgumentParser) -> None:
-    parser.add_argument("files", type=file, nargs="+", metavar="FILE")
+    parser.add_argument("files", type=file, nargs="+", metavar="FILE", help="PNG, JPEG or WebP; any number")
     parser.add_argument("--pooling", choices=["cls", "mean"], default="auto", help="default: cls where there is one")
     parser.add_argument("--dtype", choices=["float32", "float16", "int8"], default="float32", help="default: float32")
-    parser.add_argument("--size", type=whole(1), metavar="PIXELS", help="side to see pictures at (default: trained)")
+    parser.add_argument("--size", type=whole(1), metavar="PIXELS", help="side to see pictures at (default: as trained)")
     parser.add_argument(
         "--attention", type=file_to_write, metavar="FILE.png", help="write what the class token looks at"
     )
     parser.add_argument("--normalize", action="store_true", help="divide each vector by its length")
-    parser.add_argument("--model", default="", metavar="NAME", help="default: the mesh's own")
+    parser.add_argument("--model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
     parser.add_argument("-o", "--output", type=file_to_write, metavar="FILE.npy", help="write the vectors for numpy")
     _client(parser)

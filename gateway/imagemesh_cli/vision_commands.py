@@ -56,7 +56,8 @@ def embed(args: Namespace) -> int:
 
         answers = _see(call, args.files, "embedding")
     if args.output is not None:
-        np.save(args.output, np.concatenate([answer.vectors for answer in answers]))
+        with args.output.open("wb") as file:  # numpy would give a name of another suffix another one
+            np.save(file, np.concatenate([answer.vectors for answer in answers]))
     if args.attention is not None:
         for path, answer in zip(numbered(args.attention, len(answers)), answers, strict=True):
             path.write_bytes(answer.attention_maps[0])

@@ -1,13 +1,18 @@
 """A command that was typed wrongly is told in a line which option is wrong, what was given, and what is allowed."""
 
+import argparse
 import os
 from importlib.metadata import version
 
 import pytest
 
+from imagemesh_cli.console import print_table
+from imagemesh_cli.parser import build_parser
 from tests.support.recording_gateway import RecordingGateway
 from tests.unit.cli.conftest import Run
 
+# Options whose name says all but their default.
+NAMED = [["--steps"], ["--hires-steps"], ["--dtype"], ["--pooling"]]
 GENERATE = ("generate", "a fox", "-o", "fox.png")
 
 
@@ -30,6 +35,14 @@ GENERATE = ("generate", "a fox", "-o", "fox.png")
         ((*GENERATE, "--hires-strength", "0"), "argument --hires-strength: must be a number above 0, got '0'"),
         ((*GENERATE, "--hires-steps", "3"), "--hires-steps must be given beside --hires, got 3"),
         ((*GENERATE, "--control-scale", "1"), "--control-scale must be given at most once for each --control (0), got"),
+        ((*GENERATE, "--mask-blur", "3"), "--mask-blur must be given beside --mask, got 3"),
+        ((*GENERATE, "--keep-unmasked"), "--keep-unmasked must be given beside --mask, got True"),
+        (
+            ("generate", "a", "fox", "-o", "fox.png"),
+            "unrecognized arguments: fox (a text of several words goes in quote",
+        ),
+        ((*GENERATE, "--setps", "3"), "unrecognized arguments: --setps 3; imagemesh --help tells all"),
+        (("demo", "--out", __file__), "argument --out: a folder is wanted, and this is a file: "),
         ((*GENERATE, "--timeout", "0"), "argument --timeout: must be a number above 0, got '0'"),
         ((*GENERATE, "--scheduler-option", "x"), "argument --scheduler-option: must be NAME=VALUE, got 'x'"),
         (("generate", "a fox", "-o", "fox.tiff"), "must be a file name that ends in .png, .jpg, .jpeg, .webp"),
@@ -77,6 +90,29 @@ def test_a_variable_that_is_no_address_disturbs_nobody_who_does_not_use_it(
     monkeypatch.setenv("IMAGEMESH_SERVER", "http://localhost:50050")
     assert run("models", "--server", gateway.address)[0] == 0
     assert run("up", "--help")[0] == 0
+
+
+@pytest.mark.parametrize(("arguments", "tells"), [((), "generate"), (("jobs",), "watch")])
+def test_no_command_at_all_is_told_which_there_are(run: Run, arguments: tuple[str, ...], tells: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert f"    {tells}  " in err
+
+
+def test_every_option_has_its_help() -> None:
+    parsers = [build_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            else:
+                assert action.help, (parser.prog, action.option_strings or action.dest)
+                assert not action.help.startswith("default:") or action.option_strings in NAMED, action.option_strings
+
+
+def test_a_table_leaves_out_columns_without_content(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("A", "B", "C"), [("1", "", "x"), ("22", "", "")])
+    assert capsys.readouterr().out == "A   C\n1   x\n22\n"
 
 
 def test_the_version_is_the_packages(run: Run) -> None:

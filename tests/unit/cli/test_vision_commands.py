@@ -89,6 +89,11 @@ def test_vectors_of_many_pictures_stand_in_their_order(run: Run, many: list[Path
     np.testing.assert_array_equal(np.load(tmp_path / "all.npy"), [[i, i + 0.5] for i in range(len(many))])
 
 
+def test_vectors_are_written_where_it_was_asked_for(run: Run, many: list[Path], tmp_path: Path) -> None:
+    assert run("embed", many[0], "-o", tmp_path / "vectors.bin")[0] == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.bin"), [[0, 0.5]])
+
+
 def test_the_timeout_is_not_shared_by_all_pictures(
     gateway: RecordingGateway, run: Run, many: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
