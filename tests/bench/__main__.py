@@ -7,7 +7,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from imagemesh_runtime.service import set_process_defaults
 
 
 def main() -> None:
@@ -52,5 +52,16 @@ def main() -> None:
     print(f"written to {options.out}")
 
 
+def _quieten() -> None:
+    """Leave the terminal to the figures: no bars and no advice of the libraries, here and in the servers that start."""
+    set_process_defaults("WARNING")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 if __name__ == "__main__":
+    _quieten()
     main()

@@ -20,16 +20,16 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 """
 
 
-def measure(models: Path, rounds: int) -> list[Figure]:
+def measure(models: Path, rounds: int, name: str = NAME) -> list[Figure]:
     """A generation in each, then the peak."""
     alone, mesh = [], []
     for _ in range(rounds):
-        command = [sys.executable, "-c", _PIPELINE, str(models / NAME)]
+        command = [sys.executable, "-c", _PIPELINE, str(models / name)]
         env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         child = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         alone.append(int(child.stdout.split()[-1]) / 1024)
         with up(models) as running, Client(running.address) as client:
-            client.generate("a red fox", model=NAME, steps=20, guidance=7.5, seed=1)
+            client.generate("a red fox", model=name, steps=20, guidance=7.5, seed=1)
             mesh.append(running.peak_bytes() / 2**20)
     return [
         Figure.of("memory: peak of diffusers' pipeline in one process", alone, "MiB"),

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,18 @@ class Up:
     def cpu_seconds(self) -> float:
         times = self.process.cpu_times()
         return float(times.user + times.system)
+
+    def lane_and_other_seconds(self) -> tuple[list[float], float]:
+        """CPU seconds of each thread of the compute lane, and of all other threads together."""
+        lane, other = [], 0.0
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(OSError):  # it has ended
+                seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
+                if (task / "comm").read_text().startswith("lane-"):
+                    lane.append(seconds)
+                else:
+                    other += seconds
+        return lane, other
 
     def peak_bytes(self) -> int:
         return peak_bytes(self.process.pid)
