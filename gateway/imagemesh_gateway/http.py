@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from google.protobuf.json_format import MessageToDict
 from prometheus_client.exposition import choose_encoder
 
@@ -17,6 +18,7 @@ from imagemesh_gateway.http_errors import RefusedRequest, add_error_handlers
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
+from imagemesh_gateway.readiness import Readiness
 from imagemesh_runtime.metrics import Metrics
 
 JSON, PNG = "application/json", "image/png"
@@ -24,11 +26,14 @@ JSON, PNG = "application/json", "image/png"
 
 def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:
     """The application; bounds and the call's context are up to ``http_guard``."""
-    app = FastAPI(title="imagemesh", summary="Images made and understood by a mesh of gRPC services")
-
-    @app.get("/readyz", include_in_schema=False)
-    async def readyz() -> Response:
-        return Response("ready\n") if ready() else Response("not ready\n", 503)
+    app = FastAPIOffline(  # whose page of all fields asks no other host for its script
+        redoc_url=None,
+        static_url="/docs-files",
+        title="imagemesh",
+        summary="Images made and understood by a mesh of gRPC services",
+        swagger_ui_parameters={"validatorUrl": None},
+    )
+    _add_probes(app, Readiness(mesh, metrics), ready)
 
     @app.get("/metrics", include_in_schema=False)
     async def scrape(request: Request) -> Response:
@@ -46,6 +51,19 @@ def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastA
 
     add_error_handlers(app, ALLOWED)
     return app
+
+
+def _add_probes(app: FastAPI, readiness: Readiness, ready: Callable[[], bool]) -> None:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> Response:
+        return Response("alive\n")
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz() -> Response:
+        state = await readiness.state()
+        serves = state.serves if ready() else []
+        told = {"ready": bool(serves), "serves": serves, "draining": not ready(), "services": dict(state.services)}
+        return JSONResponse(told, 200 if serves else 503)
 
 
 async def _require_json(request: Request) -> None:

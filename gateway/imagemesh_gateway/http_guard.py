@@ -18,7 +18,7 @@ from imagemesh_runtime.errors import DeadlineExceeded, MeshError, Unavailable
 from imagemesh_runtime.metrics import Metrics
 
 # An overloaded gateway must not look like a dead one.
-PROBES = frozenset({"/readyz", "/metrics"})
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE = 499
 _RETRY_SECONDS = 1
