@@ -118,6 +118,37 @@ def test_runs_in_other_phases_share_forwards(model, inputs):
         np.testing.assert_allclose(run.latents(), latents, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_prompts_of_other_lengths_share_forwards_and_nobody_sees_the_padding(model, inputs, guidance):
+    short, long = (of_length(inputs, tokens, guidance) for tokens in (77, 154))
+    asked = [short, long, dataclasses.replace(short, seeds=(3, 4))]
+    alone = [advance(model, model.start(one)).latents() for one in asked]
+    runs = [model.start(one) for one in asked]
+    assert len({run.key for run in runs}) == 1
+    while runs[0].steps_done() < STEPS:
+        assert list(model.advance(runs, [None] * len(runs))) == [None] * len(runs)
+    for run, latents in zip(runs, alone, strict=True):
+        np.testing.assert_allclose(run.latents(), latents, atol=1e-4)
+    # Where the padding is seen, it shows.
+    unmasked = advance(model, model.start(padded(short, 154))).latents()
+    assert np.abs(unmasked - alone[0]).max() > 1e-3
+
+
+def of_length(inputs: SampleInputs, tokens: int, guidance: float) -> SampleInputs:
+    numbers = np.random.default_rng(tokens)
+    width = inputs.conditioning["prompt_embeds"].shape[-1]
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    told = {name: numbers.normal(size=(1, tokens, width)).astype(np.float32) for name in names}
+    return dataclasses.replace(inputs, conditioning=told, guidance_scale=guidance)
+
+
+def padded(inputs: SampleInputs, tokens: int) -> SampleInputs:
+    told = {
+        name: np.pad(one, ((0, 0), (0, tokens - one.shape[1]), (0, 0))) for name, one in inputs.conditioning.items()
+    }
+    return dataclasses.replace(inputs, conditioning=told)
+
+
 def sample_request(inputs: SampleInputs, **changes: np.ndarray) -> pb.SampleRequest:
     conditioning = map_to_proto({**inputs.conditioning, **changes})
     return pb.SampleRequest(

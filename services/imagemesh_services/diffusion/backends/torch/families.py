@@ -46,6 +46,17 @@ def family_of(unet: Mapping[str, Any]) -> Family | None:
     return next((one for one in FAMILIES if one.addition == unet.get("addition_embed_type")), None)
 
 
+def masks_prompts(unet: Any) -> bool:
+    """Whether prompts may be padded to the length of others: every look at them heeds ``encoder_attention_mask``.
+
+    Not so where the UNet sums the prompt up by itself, or looks at it in place of the picture.
+    """
+    config = unet.config
+    alone = config.only_cross_attention
+    looks_only = any(alone) if isinstance(alone, list | tuple) else alone
+    return config.addition_embed_type != "text" and not looks_only and not config.mid_block_only_cross_attention
+
+
 def added_conditions(family: Family, inputs: SampleInputs, unet: Any, prompt: str) -> dict[str, torch.Tensor]:
     """What the UNet takes as ``added_cond_kwargs`` with the embeddings called ``prompt``, a row a picture.
 

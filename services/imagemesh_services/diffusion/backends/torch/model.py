@@ -20,7 +20,7 @@ from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
-from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_residuals, merge_timesteps
+from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_prompts, merge_residuals, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
 from imagemesh_services.diffusion.backends.torch.start import (
@@ -121,7 +121,7 @@ class TorchDiffusionModel:
         predicted = []
         with run.guidance.changed():
             for i, rows in enumerate(pictures):
-                given = (part.sample[rows], part.timestep, part.prompts[rows], [one[rows] for one in control])
+                given = (part.sample[rows], part.timestep, (part.prompts[rows], None), [one[rows] for one in control])
                 with run.guidance.drawing(i) if run.guidance.draws else nullcontext():
                     predicted.append(self._forward(*given, {name: one[rows] for name, one in part.added.items()}))
         return torch.cat(predicted)
@@ -130,17 +130,24 @@ class TorchDiffusionModel:
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor,
-        prompts: torch.Tensor,
+        told: tuple[torch.Tensor, torch.Tensor | None],
         control: Sequence[torch.Tensor],
         added: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The UNet on at most ``max_rows`` rows at a time; ``control`` is the down residuals and the middle one."""
-        predicted = []
+        """The UNet on at most ``max_rows`` rows at a time.
+
+        Args:
+            told: see ``merge_prompts``.
+            control: the down residuals and the middle one.
+        """
+        predicted, (prompts, mask) = [], told
         for start in range(0, len(sample), self._max_rows):
             rows = slice(start, start + self._max_rows)
             more: dict[str, Any] = {}
             if added:
                 more["added_cond_kwargs"] = {name: values[rows] for name, values in added.items()}
+            if mask is not None:
+                more["encoder_attention_mask"] = mask[rows]
             if control:
                 *down, mid = (one[rows] for one in control)
                 more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -159,7 +166,7 @@ class TorchDiffusionModel:
             predicted = self._forward(
                 torch.cat([part.sample for part in parts]),
                 merge_timesteps(parts),
-                torch.cat([part.prompts for part in parts]),
+                merge_prompts(parts),
                 merge_residuals(parts, [residuals[i] for i, _ in begun], self._unet),
                 {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
             )

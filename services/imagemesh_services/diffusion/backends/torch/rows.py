@@ -41,6 +41,25 @@ def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
     return torch.cat([part.timestep.float().expand(len(part.sample)) for part in parts])
 
 
+def merge_prompts(parts: Sequence[StepRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The prompts of a forward's rows, [rows, tokens, width], shorter ones padded with zeros; and where they are.
+
+    The second is [rows, tokens], 0 at padding, as diffusers has ``encoder_attention_mask``; None: nothing is padded.
+    """
+    lengths = [part.prompts.shape[1] for part in parts]
+    most = max(lengths)
+    if min(lengths) == most:
+        return torch.cat([part.prompts for part in parts]), None
+    padded = [torch.nn.functional.pad(part.prompts, (0, 0, 0, most - part.prompts.shape[1])) for part in parts]
+    merged = torch.cat(padded)
+    mask = torch.ones(merged.shape[:2], device=merged.device, dtype=merged.dtype)
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):
+        mask[start : start + len(part.prompts), length:] = 0
+        start += len(part.prompts)
+    return merged, mask
+
+
 def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> list[torch.Tensor]:
     """The rows' residuals, the middle one last, if a run has any; rows without get -0.0, which changes no float."""
     given = next((one for one in residuals if one is not None), None)

@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import SampleInputs
-from imagemesh_services.diffusion.backends.torch.families import added_conditions
+from imagemesh_services.diffusion.backends.torch.families import added_conditions, masks_prompts
 from imagemesh_services.diffusion.backends.torch.freezing import Freezer
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.preview import clean_latents
@@ -51,7 +51,9 @@ class TorchRun:
         self._told: Phase = self.phase
         self._passes_of = self._conditions(inputs)
         self._freezer = Freezer(self._watched, self._generators())
-        shapes = (self._state.latents.shape[1:], self._passes_of[-1]["prompt_embeds"].shape[1:])
+        # Shorter prompts are padded, where the model lets them be.
+        prompt = self._passes_of[-1]["prompt_embeds"].shape[2 if masks_prompts(components.unet) else 1 :]
+        shapes = (self._state.latents.shape[1:], prompt)
         self.key: Hashable = (*shapes, self._state.latents.dtype)
 
     def check_timesteps(self) -> None:
