@@ -22,7 +22,9 @@ Routes = Mapping[tuple[str, str], Callable[[str], Answer]]
 _TEXT = "text/plain; charset=utf-8"
 
 
-def metrics_routes(registry: CollectorRegistry, ready: Callable[[], bool]) -> Routes:
+def metrics_routes(
+    registry: CollectorRegistry, ready: Callable[[], bool], alive: Callable[[], bool] = lambda: True
+) -> Routes:
     """``/metrics``, ``/healthz`` (the process lives) and ``/readyz`` (it takes new work)."""
 
     def metrics(accept: str) -> Answer:
@@ -32,9 +34,12 @@ def metrics_routes(registry: CollectorRegistry, ready: Callable[[], bool]) -> Ro
     def readyz(_: str) -> Answer:
         return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"not ready\n")
 
+    def healthz(_: str) -> Answer:
+        return (200, _TEXT, b"alive\n") if alive() else (503, _TEXT, b"hangs\n")
+
     return {
         ("GET", "/metrics"): metrics,
-        ("GET", "/healthz"): lambda _: (200, _TEXT, b"alive\n"),
+        ("GET", "/healthz"): healthz,
         ("GET", "/readyz"): readyz,
     }
 

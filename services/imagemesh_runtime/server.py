@@ -62,7 +62,8 @@ class MeshServer:
             options=channel_options(config.max_message_bytes),
             maximum_concurrent_rpcs=config.max_concurrent_calls,
         )
-        self.metrics_http = HttpServer(config.metrics_listen, metrics_routes(metrics.registry, lambda: self._ready))
+        routes = metrics_routes(metrics.registry, lambda: self._ready, lambda: not self._hangs)
+        self.metrics_http = HttpServer(config.metrics_listen, routes)
         self.admin_http = HttpServer(config.admin_listen, admin_routes(self._drain_from_thread))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_drain: list[Callable[[], Awaitable[None]]] = []

@@ -24,7 +24,8 @@ SCHEDULERS = ("DDIM", "Euler a", "DPM++ 2M Karras", "DPM++ SDE", "Heun", "PNDM",
 @pytest.fixture(scope="module")
 def pair(models: Path) -> Iterator[tuple[Fleet, str]]:
     """Two replicas in which nothing shares a forward, so that every picture is its own to the bit."""
-    with fleet("torch", models) as found, gateway_before(found, "torch", models, EVERY) as address:
+    hangs = {"IMAGEMESH_DIFFUSION_HANG_SECONDS": "5"}
+    with fleet("torch", models, **hangs) as found, gateway_before(found, "torch", models, EVERY) as address:
         yield found, address
 
 
@@ -69,26 +70,30 @@ async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(
 
 
 async def test_a_replica_whose_forward_hangs_is_found_out_and_its_generations_end_at_the_other(
-    models: Path, undisturbed: Round
+    pair: tuple[Fleet, str], undisturbed: Round
 ) -> None:
-    hangs = {"IMAGEMESH_DIFFUSION_HANG_SECONDS": "3"}
-    with fleet("torch", models, **hangs) as found, gateway_before(found, "torch", models, EVERY) as address:
-        victim, hang = found.replicas[0], found.record.hang
-        await reached(found, address)
+    found, address = pair
+    found.restart()
+    await reached(found, address)
+    victim, hang = found.replicas[0], found.record.hang
+    try:
         made = await together(address, SCHEDULERS, lambda: hang.write_text(str(victim.process.pid)))
         np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
         done = found.record.read()
         assert max(repeated(done).values()) <= EVERY, repeated(done)
         assert len({process for process, _, _ in done}) == 2  # the one that hangs had work
-        with grpc.insecure_channel(victim.address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
-            for name in ("readiness", "liveness"):
-                told = health.Check(health_pb2.HealthCheckRequest(service=name)).status
-                assert told == health_pb2.HealthCheckResponse.NOT_SERVING, name
+        assert [served(victim.address, name) for name in ("readiness", "liveness")] == [False, False]
         assert [found.metric(i, "imagemesh_lane_hangs") for i in range(2)] == [1, 0]
-        hang.unlink()
-        victim.wait_ready()  # as soon as the forward ends after all
-        assert [found.metric(0, f"imagemesh_lane_{what}") for what in ("hangs", "hung_total")] == [0, 1]
+    finally:
+        hang.unlink(missing_ok=True)
+    await asyncio.to_thread(victim.wait_ready)  # as soon as the forward ends after all
+    assert [found.metric(0, f"imagemesh_lane_{what}") for what in ("hangs", "hung_total")] == [0, 1]
+
+
+def served(address: str, name: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        told = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
+    return bool(told == health_pb2.HealthCheckResponse.SERVING)
 
 
 async def test_in_shared_forwards_the_pictures_are_the_same_but_for_a_two_hundred_and_fifty_fifth(

@@ -149,6 +149,27 @@ async def test_a_drained_server_does_not_become_ready_when_its_models_are_loaded
         assert await check(server, READINESS) == NOT_SERVING
 
 
+async def test_a_server_whose_device_hangs_is_neither_alive_nor_ready_until_it_goes_on() -> None:
+    async with serving() as server:
+        address = server.metrics_http.address
+        for hangs, told, status in ((True, NOT_SERVING, 503), (False, SERVING, 200)):
+            await server.set_hangs(hangs)
+            assert [await check(server, name) for name in (LIVENESS, READINESS, NAME)] == [told] * 3
+            assert [(await http(address, path))[0] for path in ("/healthz", "/readyz")] == [status] * 2
+        await server.drain()
+        await server.set_hangs(True)
+        await server.set_hangs(False)
+        assert [await check(server, name) for name in (LIVENESS, READINESS)] == [SERVING, NOT_SERVING]
+
+
+async def test_a_server_that_still_loads_is_not_ready_because_its_device_goes_on() -> None:
+    async with serving() as server:
+        await server.set_ready(False)
+        await server.set_hangs(True)
+        await server.set_hangs(False)
+        assert await check(server, READINESS) == NOT_SERVING
+
+
 async def test_stop_lets_a_running_stream_finish_and_takes_no_new_call() -> None:
     slow = Slow()
     async with echoing(Echo(server_stream=slow.stream), drain_grace_seconds=10.0) as (server, stub):
