@@ -1,5 +1,6 @@
 """The SDK makes pictures: what is asked reaches the gateway, what it answers reaches the caller."""
 
+import asyncio
 import threading
 from contextlib import aclosing, closing
 from pathlib import Path
@@ -110,7 +111,7 @@ async def test_leaving_the_async_stream_cancels_the_call(gateway: RecordingGatew
             async for event in events:
                 if isinstance(event, Progress):
                     break
-        assert gateway.cancelled.wait(WAIT)
+        assert await asyncio.to_thread(gateway.cancelled.wait, WAIT)
 
 
 def test_a_progress_callback_that_raises_cancels_the_call(gateway: RecordingGateway) -> None:
