@@ -83,7 +83,7 @@ def require_threads(mesh: Up, wanted: int) -> None:
         RuntimeError: the mesh's lane uses more or fewer.
     """
     lane, _ = mesh.lane_and_other_seconds()
-    busy = sum(seconds > max(lane) / 10 for seconds in lane)
+    busy = sum(seconds > max(lane) / 100 for seconds in lane)
     if busy != wanted:
         raise RuntimeError(f"the mesh computes on {busy} threads, the pipeline in this process on {wanted}")
 
