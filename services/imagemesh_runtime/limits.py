@@ -1,5 +1,6 @@
 """Bounds on what a client may ask for; the gateway and the services check the same ones."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from imagemesh_runtime.errors import InvalidArgument
@@ -20,12 +21,28 @@ MAX_SEED: Final = 2**63 - 1
 MAX_MASK_BLUR: Final = 256  # pixels
 MAX_CONTROL_SCALE: Final = 10.0
 MAX_HIRES_SCALE: Final = 8.0
+MAX_BLOCK_WEIGHTS: Final = 64
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:
     """Raise InvalidArgument unless low <= value <= high (NaN never is)."""
     if not low <= value <= high:
         raise InvalidArgument(field, value, f"{low} to {high}")
+
+
+def check_interval(field: str, start: float, end: float) -> None:
+    """Raise InvalidArgument unless both are parts of the whole, and the start comes before the end."""
+    check_range(f"{field}.start", start, 0, 1)
+    check_range(f"{field}.end", end, 0, 1)
+    if start >= end:
+        raise InvalidArgument(f"{field}.start", start, f"below end, {end}")
+
+
+def check_block_weights(field: str, weights: Sequence[float]) -> None:
+    """Raise InvalidArgument unless each is a possible weight of a ControlNet's single residual."""
+    check_range(field, len(weights), 0, MAX_BLOCK_WEIGHTS)
+    for i, weight in enumerate(weights):
+        check_range(f"{field}[{i}]", weight, 0, MAX_CONTROL_SCALE)
 
 
 def check_size(field: str, pixels: int, multiple: int) -> None:

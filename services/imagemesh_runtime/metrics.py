@@ -50,10 +50,21 @@ class Metrics:
         for path in PATHS:
             for direction in DIRECTIONS:
                 self._transport.labels(service, path, direction)  # there, at 0, before anything moved
+        self._add_control()
         self.moved = Counter(
             "imagemesh_moved_generations", "Generations that went on at another replica.", ("service",),
             registry=self.registry,
         ).labels(service)  # fmt: skip
+
+    def _add_control(self) -> None:
+        self.control_stall = self._histogram(
+            "imagemesh_control_stall_seconds",
+            "Seconds that an evaluation waited for residuals: before it could begin, or within the forward.", "where",
+        )  # fmt: skip
+        self.control_bytes = Counter(
+            "imagemesh_control_bytes", "Bytes of residuals that came from ControlNets.", ("service",),
+            registry=self.registry,
+        ).labels(self.service)  # fmt: skip
 
     def count_transport(self, path: str, direction: str, count: int) -> None:
         """Count bytes that were ``sent`` or ``received`` as plain ``protobuf``, ``raw`` or in ``shm``."""

@@ -54,7 +54,7 @@ class Owner(rpc.ControlNetServiceServicer):
         arrays: list[Array] = []
         async for request in request_iterator:
             if request.WhichOneof("message") == "start":
-                name, last = request.start.model.split("/")
+                name, last = request.start.units[0].model.split("/")
                 arrays = residuals(SHAPES[name])[-int(last) :]
             elif request.step.timestep == self.PLAIN:
                 down = [to_proto(one) for one in arrays[:-1]]
@@ -105,7 +105,7 @@ class Asker:
 
     async def open(self, model: str) -> None:
         await self._session.__aenter__()
-        await self._session.send(pb.ControlRequest(start=pb.ControlStart(model=model)))
+        await self._session.send(pb.ControlRequest(start=pb.ControlStart(units=[pb.ControlNetUnit(model=model)])))
 
     async def ask(self) -> list[Array]:
         answers = [await self._session.ask(pb.ControlRequest(step=pb.ControlStep(timestep=self._answer)))]

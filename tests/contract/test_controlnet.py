@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_services.controlnet.backend import BACKENDS, ControlInputs, ControlModel
+from imagemesh_services.controlnet.backend import BACKENDS, ControlInputs, ControlModel, ControlRun, Part, whole
 from imagemesh_services.controlnet.config import ControlNetConfig
 from tests.support.backends import load_first
 
@@ -54,8 +54,12 @@ def sample() -> np.ndarray:
 
 def answer(model: ControlModel, inputs: ControlInputs, sample: np.ndarray, timestep: float = TIMESTEP) -> list[Any]:
     """All residuals of one step, the middle block's last."""
-    down, mid = model.start(inputs).residuals(sample, timestep)
-    return [*down, mid]
+    return ask(model.start(inputs), sample, timestep)
+
+
+def ask(run: ControlRun, sample: np.ndarray, timestep: float = TIMESTEP) -> list[Any]:
+    part = whole(run, sample, timestep)
+    return [*part.down, part.mid]
 
 
 def assert_same(ours: list[Any], theirs: list[Any], atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -83,10 +87,9 @@ def test_rows_may_come_in_every_float_type(model, inputs, sample, dtype):
 
 def test_the_same_step_has_the_same_residuals_whatever_came_before(model, inputs, sample):
     run = model.start(inputs)
-    first = run.residuals(sample, TIMESTEP)
-    run.residuals(-sample, 1.0)
-    again = run.residuals(sample, TIMESTEP)
-    assert_same([*first[0], first[1]], [*again[0], again[1]])
+    first = ask(run, sample)
+    ask(run, -sample, 1.0)
+    assert_same(first, ask(run, sample))
 
 
 def test_runs_taking_turns_do_not_disturb_each_other(model, inputs, sample):
@@ -94,8 +97,7 @@ def test_runs_taking_turns_do_not_disturb_each_other(model, inputs, sample):
     alone = [answer(model, one, sample) for one in (inputs, other)]
     runs = [model.start(one) for one in (inputs, other)]
     for run, wanted in zip(runs, alone, strict=True):
-        down, mid = run.residuals(sample, TIMESTEP)
-        assert_same([*down, mid], wanted)
+        assert_same(ask(run, sample), wanted)
 
 
 def test_another_picture_has_other_residuals(model, inputs, sample):
@@ -149,10 +151,9 @@ def test_torch_heeds_prompts_and_timesteps(torch_model, inputs, sample):
 def test_torch_told_of_other_prompts_is_as_if_it_had_begun_with_them(torch_model, inputs, sample):
     other = dataclasses.replace(inputs, embeddings=-inputs.embeddings)
     run = torch_model.start(inputs)
-    run.residuals(sample, TIMESTEP)
+    ask(run, sample)
     run.tell(other.embeddings, other.added)
-    down, mid = run.residuals(sample, TIMESTEP)
-    for ours, wanted in zip([*down, mid], answer(torch_model, other, sample), strict=True):
+    for ours, wanted in zip(ask(run, sample), answer(torch_model, other, sample), strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 
@@ -183,7 +184,79 @@ def test_torch_refuses_embeddings_of_another_width_by_name(torch_model, inputs):
 def test_torch_refuses_rows_that_do_not_fit_the_picture_or_the_prompts(torch_model, inputs, sample, shape):
     run = torch_model.start(inputs)
     with pytest.raises(InvalidArgument) as caught:
-        run.residuals(np.zeros(shape, np.float32), TIMESTEP)
+        ask(run, np.zeros(shape, np.float32))
     assert caught.value.field == "step.sample.shape"
     assert "[2, 4, 8, 16]" in str(caught.value)
-    run.residuals(sample, TIMESTEP)
+    ask(run, sample)
+
+
+def parts_of(run: ControlRun, sample: np.ndarray) -> list[Part]:
+    parts: list[Part] = []
+    run.residuals(sample, TIMESTEP, parts.append)
+    return parts
+
+
+def test_the_last_part_alone_has_the_middle_residual(model, inputs, sample):
+    parts = parts_of(model.start(inputs), sample)
+    assert [part.mid is not None for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert sum(len(part.down) for part in parts) + 1 == model.count
+
+
+def test_torch_tells_of_each_block_before_the_next_one_begins(models: Path, inputs, sample):
+    model: Any = load_first(BACKENDS, "torch", ControlNetConfig, models)
+    events: list[str] = []
+    for i, block in enumerate(model.net.down_blocks):
+        block.register_forward_pre_hook(lambda module, args, i=i: events.append(f"block {i}"))
+    model.net.mid_block.register_forward_pre_hook(lambda module, args: events.append("middle"))
+    model.start(inputs).residuals(sample, TIMESTEP, lambda part: events.append(f"{len(part.down)} residuals"))
+    assert events == ["block 0", "1 residuals", "2 residuals", "block 1", "1 residuals", "middle", "0 residuals"]
+
+
+def test_torch_ends_a_step_that_nobody_listens_to(torch_model, inputs, sample):
+    run = torch_model.start(inputs)
+    wanted = ask(run, sample)
+
+    def leave(part: Part) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        run.residuals(sample, TIMESTEP, leave)
+    assert_same(ask(run, sample), wanted)
+
+
+def test_torch_embeds_the_picture_once(torch_model, inputs, sample, monkeypatch):
+    embedded, embed = [], torch_model._embed
+    monkeypatch.setattr(torch_model, "_embed", lambda picture: embedded.append(1) or embed(picture))
+    run = torch_model.start(inputs)
+    for timestep in (981.0, 481.0, 1.0):
+        ask(run, sample, timestep)
+    assert embedded == [1]
+
+
+@pytest.fixture(scope="module", params=["rgb", "bgr", "pooled"])
+def kind(request: pytest.FixtureRequest, models: Path, tmp_path_factory: Any) -> tuple[Any, Any]:
+    """A ControlNet of each kind: the seam's, and the library's own."""
+    more = {"bgr": {"controlnet_conditioning_channel_order": "bgr"}, "pooled": {"global_pool_conditions": True}}
+    net = diffusers.ControlNetModel.from_pretrained(models / "tiny-controlnet").eval()
+    net.register_to_config(**more.get(request.param, {}))
+    folder = tmp_path_factory.mktemp("kind")
+    net.save_pretrained(folder / "net")
+    return load_first(BACKENDS, "torch", ControlNetConfig, folder), net
+
+
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("weights", [(), (0.0, 0.25, 0.5, 0.75, 1.5)], ids=["plain", "weighted"])
+def test_torch_gives_the_librarys_residuals_bit_by_bit(kind, inputs, sample, guess, weights):
+    model, net = kind
+    assert model.prompt_rows_only == net.config.global_pool_conditions
+    asked = dataclasses.replace(inputs, scale=0.7, guess=guess, block_weights=weights)
+    with torch.inference_mode():
+        down, mid = net(
+            torch.tensor(sample), torch.tensor(TIMESTEP), encoder_hidden_states=torch.tensor(inputs.embeddings),
+            controlnet_cond=(torch.tensor(inputs.image) / 255).permute(2, 0, 1).repeat(ROWS, 1, 1, 1),
+            conditioning_scale=0.7, guess_mode=guess, return_dict=False,
+        )  # fmt: skip
+    ours, theirs = answer(model, asked, sample), [*down, mid]
+    if weights:  # which the library knows nothing of
+        theirs = [one * weight for one, weight in zip(theirs, weights, strict=True)]
+    assert_same(ours, theirs, rtol=1e-5 if weights else 0, atol=1e-7 if weights else 0)

@@ -15,7 +15,7 @@ from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import tensor_pb2
 from imagemesh_runtime.tensors import from_proto, to_proto
-from imagemesh_services.controlnet.backend import BACKENDS, ControlInputs
+from imagemesh_services.controlnet.backend import BACKENDS, ControlInputs, whole
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.service import create
 from tests.support.backends import load_first
@@ -40,8 +40,15 @@ class Service:
 
     def start(self, **changes: Any) -> pb.ControlRequest:
         """A start that is right but for the changes."""
-        right = {"image": to_proto(PICTURE), "encoder_hidden_states": to_proto(EMBEDDINGS), "scale": 1.0}
-        return pb.ControlRequest(start=pb.ControlStart(**{"model": NAMES[self.backend], **right, **changes}))
+        unit = {"model": NAMES[self.backend], "image": to_proto(PICTURE), "scale": 1.0}
+        right = {"units": [self.unit(**{name: changes.pop(name) for name in unit if name in changes})]}
+        right["encoder_hidden_states"] = to_proto(EMBEDDINGS)
+        return pb.ControlRequest(start=pb.ControlStart(**{**right, **changes}))
+
+    def unit(self, **changes: Any) -> pb.ControlNetUnit:
+        """A unit that is right but for the changes."""
+        right = {"model": NAMES[self.backend], "image": to_proto(PICTURE), "scale": 1.0}
+        return pb.ControlNetUnit(**{**right, **changes})
 
     def talk(self) -> Any:
         """A new session: write and read."""
@@ -112,9 +119,9 @@ async def test_every_step_is_answered_with_the_backends_residuals(service: Servi
     for timestep in (981.0, 481.0, 1.0):
         await call.write(step(SAMPLE, timestep))
         answer = await call.read()
-        down, mid = run.residuals(SAMPLE, timestep)
+        part = whole(run, SAMPLE, timestep)
         said = [from_proto(one, "residual") for one in (*answer.down_residuals, answer.mid_residual)]
-        for one, other in zip(said, [*down, mid], strict=True):
+        for one, other in zip(said, [*part.down, part.mid], strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
         assert answer.backend == service.backend
     await call.done_writing()
@@ -165,18 +172,18 @@ async def test_an_unknown_model_is_not_found_and_the_error_says_what_there_is(se
 
 
 BAD_STARTS = {
-    "scale below 0": ({"scale": -0.01}, "start.scale"),
-    "scale above 10": ({"scale": 10.01}, "start.scale"),
-    "scale of NaN": ({"scale": float("nan")}, "start.scale"),
-    "no image": ({"image": tensor_pb2.Tensor()}, "start.image.dtype"),
-    "image of floats": ({"image": to_proto(PICTURE.astype(np.float32))}, "start.image.dtype"),
-    "image without rank": ({"image": to_proto(PICTURE[0])}, "start.image.shape"),
-    "image with alpha": ({"image": to_proto(np.zeros((64, 64, 4), np.uint8))}, "start.image.shape"),
-    "image of odd height": ({"image": to_proto(PICTURE[:60])}, "start.image.shape[0]"),
-    "image of no width": ({"image": to_proto(PICTURE[:, :0])}, "start.image.shape[1]"),
+    "scale below 0": ({"scale": -0.01}, "start.units[0].scale"),
+    "scale above 10": ({"scale": 10.01}, "start.units[0].scale"),
+    "scale of NaN": ({"scale": float("nan")}, "start.units[0].scale"),
+    "no image": ({"image": tensor_pb2.Tensor()}, "start.units[0].image.dtype"),
+    "image of floats": ({"image": to_proto(PICTURE.astype(np.float32))}, "start.units[0].image.dtype"),
+    "image without rank": ({"image": to_proto(PICTURE[0])}, "start.units[0].image.shape"),
+    "image with alpha": ({"image": to_proto(np.zeros((64, 64, 4), np.uint8))}, "start.units[0].image.shape"),
+    "image of odd height": ({"image": to_proto(PICTURE[:60])}, "start.units[0].image.shape[0]"),
+    "image of no width": ({"image": to_proto(PICTURE[:, :0])}, "start.units[0].image.shape[1]"),
     "image cut short": (
         {"image": tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_UINT8, shape=[64, 64, 3], data=b"123")},
-        "start.image.data",
+        "start.units[0].image.data",
     ),
     "embeddings of integers": (
         {"encoder_hidden_states": to_proto(EMBEDDINGS.astype(np.int32))},

@@ -106,12 +106,21 @@ def test_the_controlnet_counts_its_session(grew: Growth) -> None:
     assert grew("controlnet", "grpc_server_started_total", **control) == 1
     assert grew("controlnet", "grpc_server_handled_total", **control, grpc_code="OK") == 1
     assert grew("controlnet", "grpc_server_msg_received_total", **control) == 1 + 5
-    assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5
+    # A message a block: the picture's, two down blocks', the middle one's.
+    assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5 * 4
     for histogram in ("step_seconds", "queue_wait_seconds", "batch_size"):
         assert grew("controlnet", f"imagemesh_{histogram}_count", service="controlnet") == 5
     # Rows of a batch: two pictures, each with guidance.
     assert grew("controlnet", "imagemesh_batch_size_sum", service="controlnet") == 5 * 4
     assert grew("controlnet", "imagemesh_stage_seconds_count", service="controlnet", stage="control") == 5
+
+
+def test_the_sampler_tells_how_long_it_waited_for_residuals_and_of_how_many_bytes(grew: Growth) -> None:
+    for where in ("before", "within"):
+        assert grew("diffusion", "imagemesh_control_stall_seconds_count", service="diffusion", where=where) == 5
+    shared = {"service": "diffusion", "path": "shm", "direction": "received"}
+    received = grew("diffusion", "imagemesh_transport_bytes_total", **shared)
+    assert grew("diffusion", "imagemesh_control_bytes_total", service="diffusion") == received > 0
 
 
 def test_the_other_services_count_rows(grew: Growth) -> None:

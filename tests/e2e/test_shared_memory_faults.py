@@ -234,13 +234,13 @@ async def test_a_client_that_refers_to_shared_memory_is_refused() -> None:
     """A request can point at nothing: what clients may read is written for them, and they write nothing."""
     async with steered() as sampler, visit(sampler) as (offer, _):
         call = rpc.ControlNetServiceStub(sampler.peer.channel).Control(metadata=((HEADER, f"{offer.token.hex()}-1"),))
-        start = pb.ControlStart(model="fake", scale=1.0)
-        start.image.dtype = 7
-        start.image.shape.extend((8, 8, 3))
-        start.image.shared_memory.length = 192
+        start = pb.ControlStart(units=[pb.ControlNetUnit(model="fake", scale=1.0)])
+        start.units[0].image.dtype = 7
+        start.units[0].image.shape.extend((8, 8, 3))
+        start.units[0].image.shared_memory.length = 192
         await call.write(pb.ControlRequest(start=start))
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "start.image must be carried as data" in await call.details()
+        assert "start.units[0].image must be carried as data" in await call.details()
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,8 @@ async def test_a_lease_that_nobody_has_is_as_none(header: str) -> None:
         call = rpc.ControlNetServiceStub(sampler.peer.parcels).Control(metadata=((HEADER, header),))
         opening = Parcel[pb.ControlRequest]()
         image, embeddings = np.zeros((8, 8, 3), np.uint8), np.zeros((1, 1, 1), np.float32)
-        start = pb.ControlStart(
-            model="fake", scale=1.0, image=opening.add(image), encoder_hidden_states=opening.add(embeddings)
-        )
+        unit = pb.ControlNetUnit(model="fake", scale=1.0, image=opening.add(image))
+        start = pb.ControlStart(units=[unit], encoder_hidden_states=opening.add(embeddings))
         await call.write(opening.seal(pb.ControlRequest(start=start)))
         step = Parcel[pb.ControlRequest]()
         await call.write(step.seal(pb.ControlRequest(step=pb.ControlStep(sample=step.add(SAMPLE), timestep=1.0))))

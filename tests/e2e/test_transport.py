@@ -15,8 +15,9 @@ from imagemesh_client import Client, Control
 from imagemesh_runtime import arena, leases, tenancy
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.tensors import from_proto, to_proto
+from imagemesh_services.diffusion.backend import Residuals
 from tests.support.mesh import running_mesh
-from tests.support.steering import EMBEDDINGS, LIMIT, PICTURE, SAMPLE, moved, payload, same, steered, until
+from tests.support.steering import EMBEDDINGS, LIMIT, PICTURE, SAMPLE, ask, moved, payload, same, steered, until
 
 TIMESTEPS = (981.0, 481.0)
 
@@ -36,9 +37,8 @@ async def test_over_tcp_residuals_come_as_raw_bytes(models: Path) -> None:
 
 async def test_a_plain_client_gets_the_same_residuals(models: Path) -> None:
     """Who knows nothing of parcels talks protobuf, and is answered in it."""
-    start = pb.ControlStart(
-        model="tiny-controlnet", image=to_proto(PICTURE), encoder_hidden_states=to_proto(EMBEDDINGS), scale=1.0
-    )
+    unit = pb.ControlNetUnit(model="tiny-controlnet", image=to_proto(PICTURE), scale=1.0)
+    start = pb.ControlStart(units=[unit], encoder_hidden_states=to_proto(EMBEDDINGS))
     async with steered(models) as sampler:
         (wanted,) = await sampler.residuals(601.0)
         async with grpc.aio.insecure_channel(sampler.server.address, options=channel_options(LIMIT)) as channel:
@@ -52,13 +52,14 @@ async def test_a_plain_client_gets_the_same_residuals(models: Path) -> None:
         np.testing.assert_array_equal(got, one)
 
 
-async def test_several_controlnets_are_summed_as_before(models: Path) -> None:
+async def test_several_controlnets_are_summed_before_they_are_sent(models: Path) -> None:
     async with steered(models) as sampler:
         async with sampler.control(0.5, 0.5) as control:
-            both = await control.residuals(SAMPLE, 601.0)
+            both = await ask(control)
         async with sampler.control(0.5) as control:
-            one = await control.residuals(SAMPLE, 601.0)
-    assert same(both, one + one)
+            one = await ask(control)
+    twice = Residuals([2 * part for part in one.down], 2 * one.mid)
+    assert same(both, twice)
 
 
 @pytest.mark.parametrize("socket", [False, True], ids=["tcp", "unix"])
@@ -87,10 +88,10 @@ async def test_residuals_are_the_same_bit_by_bit_whichever_way_they_come(models:
 async def test_the_arrays_stay_what_they_are_while_they_are_held(models: Path) -> None:
     """Also beside later answers, and after the session, the service and the lease are gone."""
     async with steered(models) as sampler, sampler.control(1.0) as control:
-        held = await control.residuals(SAMPLE, 981.0)
+        held = await ask(control, 981.0)
         copy = [one.copy() for one in (*held.down, held.mid)]
         for timestep in (481.0, 1.0):
-            await control.residuals(SAMPLE, timestep)
+            await ask(control, timestep)
     for one, other in zip((*held.down, held.mid), copy, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -99,7 +100,7 @@ async def test_memory_is_used_again_when_its_arrays_are_dropped(models: Path) ->
     async with steered(models) as sampler, sampler.control(1.0) as control:
         places = set()
         for timestep in (981.0, 481.0, 1.0):
-            answer = await control.residuals(SAMPLE, timestep)
+            answer = await ask(control, timestep)
             places.add(answer.mid.ctypes.data)
             del answer
             await until(lambda: [lease.arena.in_use for lease in sampler.leases] == [0])

@@ -1,7 +1,7 @@
 """The sampler's side of a ControlNet session against a real service, and which way its bytes went."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from imagemesh_runtime.tensors import to_proto
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.service import create
 from imagemesh_services.diffusion.backend import Residuals
-from imagemesh_services.diffusion.control import Control, open_control
+from imagemesh_services.diffusion.control import Control, Question, Told, open_control
+from imagemesh_services.diffusion.controlnets import ControlNets
+from imagemesh_services.diffusion.incoming import Incoming
 from tests.support.services import serving
 
 _numbers = np.random.default_rng(5)
@@ -51,7 +53,7 @@ class Steered:
         return list(self.server._leases._leases.values())
 
     def control(self, *scales: float) -> Any:
-        """Sessions, one a scale."""
+        """A session, a unit a scale."""
         return steer(self.peer, self._model, *scales)
 
     async def residuals(self, *timesteps: float) -> list[Residuals]:
@@ -60,15 +62,24 @@ class Steered:
             return [await ask(control, timestep) for timestep in timesteps]
 
 
-async def ask(control: Control, timestep: float = 601.0) -> Residuals:
-    return await control.residuals(SAMPLE, timestep)
+TOLD = Told(0, EMBEDDINGS, {})
 
 
-def steer(peer: Peer, model: str, *scales: float) -> AbstractAsyncContextManager[Control]:
-    """Sessions with a ControlNet service, one a scale."""
+async def ask(control: Control, timestep: float = 601.0, places: Sequence[int] | None = None) -> Residuals:
+    """What units answer; if not told which, all of them."""
+    incoming = Incoming()
+    units = range(len(control._units)) if places is None else places
+    await control.residuals(Question(SAMPLE, timestep, TOLD, units), incoming)
+    return Residuals(incoming.down, incoming.mid)
+
+
+def steer(peer: Peer, model: str, *scales: float, guess: bool = False) -> AbstractAsyncContextManager[Control]:
+    """A session with a ControlNet service, a unit a scale."""
     picture = to_proto(PICTURE)
-    units = [diffusion_service_pb2.ControlUnit(model=model, image=picture, scale=scale) for scale in scales]
-    return open_control(peer, units, EMBEDDINGS, {}, 30)
+    units = [
+        diffusion_service_pb2.ControlUnit(model=model, image=picture, scale=scale, guess_mode=guess) for scale in scales
+    ]
+    return open_control(ControlNets([peer]), units, TOLD, 1, 30)
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
 """The seam between the ControlNet service and what runs the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -17,6 +17,23 @@ class ControlInputs:
     scale: float
     # For some families "text_embeds" and "time_ids", each float [rows, width].
     added: Mapping[str, Array] = field(default_factory=dict)
+    # Whether the residuals of the first blocks are weakened so that the picture counts more than the prompt.
+    guess: bool = False
+    # Of the single residuals besides, the middle one's last; empty: all 1.
+    block_weights: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Residuals of one step, or those of one block of it: float, rows first, in diffusers' order."""
+
+    down: Sequence[Array]
+    # Of the middle block, and so of the last part.
+    mid: Array | None = None
+
+
+# Called with each part as soon as it is there; what it raises ends the step.
+Emit = Callable[[Part], None]
 
 
 class ControlRun(Protocol):
@@ -25,10 +42,11 @@ class ControlRun(Protocol):
     def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
         """The prompts changed: what takes the place of ``ControlInputs``', of the same shapes."""
 
-    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+    def residuals(self, sample: Array, timestep: float, emit: Emit) -> None:
         """For rows [rows, channels, h, w]: what to add to the UNet's skip connections, and to its middle block.
 
-        Fewer rows than the embeddings have are the last ones of them: a step without guidance has no negative rows.
+        Told in one part or, by backends that can, in one for each block. Fewer rows than the embeddings have are the last
+        ones of them: a step without guidance has no negative rows.
 
         Raises:
             InvalidArgument: the rows don't fit the picture or the embeddings.
@@ -38,12 +56,24 @@ class ControlRun(Protocol):
 class ControlModel(Protocol):
     """A loaded ControlNet."""
 
+    # Whether it is only ever asked about the prompt's rows, as diffusers does with those whose residuals are pooled.
+    prompt_rows_only: bool
+    # Of the residuals of a step, the middle one too.
+    count: int
+
     def start(self, inputs: ControlInputs) -> ControlRun:
         """Prepare for a generation.
 
         Raises:
-            InvalidArgument: the embeddings don't fit the model.
+            InvalidArgument: the embeddings or the weights don't fit the model.
         """
+
+
+def whole(run: ControlRun, sample: Array, timestep: float) -> Part:
+    """All residuals of a step in one."""
+    parts: list[Part] = []
+    run.residuals(sample, timestep, parts.append)
+    return Part([one for part in parts for one in part.down], parts[-1].mid)
 
 
 _ROOM = "imagemesh_services.controlnet.backends"

@@ -1,24 +1,43 @@
 """Requests to arrays and back."""
 
+import asyncio
 import math
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import InvalidArgument, Overloaded
-from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_IMAGES, MAX_TOKENS, check_pixels, check_range, check_size
+from imagemesh_runtime.limits import (
+    MAX_CONTROL_SCALE,
+    MAX_CONTROLS,
+    MAX_IMAGES,
+    MAX_TOKENS,
+    check_block_weights,
+    check_pixels,
+    check_range,
+    check_size,
+)
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, takes_parcels
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import FLOATS, Array, require_finite
-from imagemesh_services.controlnet.backend import ControlInputs, ControlModel, ControlRun
+from imagemesh_services.controlnet.backend import ControlModel, Emit, Part
 from imagemesh_services.controlnet.config import ControlNetConfig
+from imagemesh_services.controlnet.session import Session, Unit
 
 # What some families add to the prompts' embeddings, by diffusers' names.
 ADDED = ("text_embeds", "time_ids")
+
+Request = Parcel[pb.ControlRequest]
+Response = Parcel[pb.ControlResponse]
+
+
+class _Gone(Exception):
+    """Nobody listens to the step any more."""
 
 
 class ControlNetServicer(rpc.ControlNetServiceServicer):
@@ -32,90 +51,141 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
 
     @takes_parcels
     async def Control(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[Parcel[pb.ControlRequest]], context: Any
-    ) -> AsyncIterator[Parcel[pb.ControlResponse]]:
+        self, request_iterator: AsyncIterator[Request], context: Any
+    ) -> AsyncIterator[Response]:
         if self._sessions >= self._max_sessions:
             raise Overloaded("controlnet", self._max_sessions, 1.0)
         self._sessions += 1
         try:
             with self._metrics.running.track_inprogress():
-                session: _Session | None = None
+                session, start = None, pb.ControlStart()
                 async for request in request_iterator:
                     if request.message.WhichOneof("message") == "step":
-                        yield await self._residuals(session, request)
+                        async with aclosing(self._answers(session, start, request)) as answers:
+                            async for answer in answers:
+                                yield answer
                     else:
-                        session = await self._start(session, request)
+                        session, start = await self._start(session, request), request.message.start
         finally:
             self._sessions -= 1
 
-    async def _start(self, session: "_Session | None", request: Parcel[pb.ControlRequest]) -> "_Session":
+    async def _start(self, session: Session | None, request: Request) -> Session:
         said = request.message.WhichOneof("message")
         if session is not None or said != "start":
             raise InvalidArgument("message", said, "start once, then step")
         start = request.message.start
-        model = await self._models.get(start.model)
-        check_range("start.scale", start.scale, 0, MAX_CONTROL_SCALE)
-        image = request.array(start.image, "start.image", dtypes=["uint8"], shape=(None, None, 3))
-        for axis in (0, 1):
-            check_size(f"start.image.shape[{axis}]", image.shape[axis], 8)
+        check_range("start.units", len(start.units), 1, MAX_CONTROLS)
+        units = [await self._unit(request, i) for i in range(len(start.units))]
+        size = units[0].image.shape
+        for i, unit in enumerate(units):
+            if unit.image.shape != size:
+                raise InvalidArgument(
+                    f"start.units[{i}].image.shape", list(unit.image.shape), f"{list(size)}, as the first"
+                )
         field = "start.encoder_hidden_states"
         embeddings = request.array(start.encoder_hidden_states, field, dtypes=FLOATS, shape=(None, None, None))
         rows = len(embeddings)
         check_range(f"{field}.shape[0]", rows, 1, 2 * MAX_IMAGES)  # with guidance a picture has two
         check_range(f"{field}.shape[1]", embeddings.shape[1], 1, MAX_TOKENS)
-        check_pixels(field, (rows + 1) // 2, image.shape[1], image.shape[0])
+        check_pixels(field, (rows + 1) // 2, size[1], size[0])
+        check_range("start.negative_rows", start.negative_rows, 0, rows - 1)
         added = {name: _added(name, request, rows) for name in sorted(start.added_conditions)}
-        inputs = ControlInputs(image, require_finite(embeddings, field), start.scale, added)
-        return _Session(inputs, await self._models.lane.run(model.start, inputs))
+        embeddings = require_finite(embeddings, field)
+        return await self._models.lane.run(Session, units, embeddings, added, start.negative_rows)
 
-    async def _residuals(
-        self, session: "_Session | None", request: Parcel[pb.ControlRequest]
-    ) -> Parcel[pb.ControlResponse]:
+    async def _unit(self, request: Request, index: int) -> Unit:
+        unit, field = request.message.start.units[index], f"start.units[{index}]"
+        model = await self._models.get(unit.model)
+        check_range(f"{field}.scale", unit.scale, 0, MAX_CONTROL_SCALE)
+        check_block_weights(f"{field}.block_weights", unit.block_weights)
+        image = request.array(unit.image, f"{field}.image", dtypes=["uint8"], shape=(None, None, 3))
+        for axis in (0, 1):
+            check_size(f"{field}.image.shape[{axis}]", image.shape[axis], 8)
+        return Unit(model, image, unit.scale, unit.guess_mode, tuple(unit.block_weights))
+
+    async def _answers(
+        self, session: Session | None, start: pb.ControlStart, request: Request
+    ) -> AsyncGenerator[Response, None]:
+        """One step's: a message for each part, or one for all of them."""
         if session is None:
             raise InvalidArgument("message", "step", "start before the first step")
         step, shape = request.message.step, (None, None, None, None)
         sample = require_finite(request.array(step.sample, "step.sample", dtypes=FLOATS, shape=shape), "step.sample")
         if not math.isfinite(step.timestep):
             raise InvalidArgument("step.timestep", step.timestep, "finite")
-        waited = current_call().queue_seconds
+        places = _places(step, len(start.units))
         if step.HasField("encoder_hidden_states"):
-            await self._models.lane.run(session.run.tell, *_changed(session.inputs, request))
+            await self._models.lane.run(session.tell, *_changed(session, request))
+        held: list[Part] = []
+        async with aclosing(self._parts(partial(session.residuals, sample, step.timestep, places))) as parts:
+            async for part in parts:
+                held.append(part)
+                if part.mid is not None:
+                    self._metrics.batch_size.observe(len(sample))
+                if start.by_block or part.mid is not None:
+                    yield self._response(held)
+                    held = []
+
+    async def _parts(self, produce: Callable[[Emit], None]) -> AsyncGenerator[Part, None]:
+        """What ``produce`` emits on the lane, while it goes on; when nobody listens any more, it goes no further."""
+        loop, parts, gone = asyncio.get_running_loop(), asyncio.Queue[Part | None](), False
+
+        def emit(part: Part) -> None:
+            if gone:
+                raise _Gone
+            loop.call_soon_threadsafe(parts.put_nowait, part)
+
+        producing = asyncio.create_task(self._produce(produce, emit))
+        producing.add_done_callback(lambda _: parts.put_nowait(None))
+        try:
+            while (part := await parts.get()) is not None:
+                if part.mid is not None:
+                    await producing
+                yield part
+            await producing
+        finally:
+            gone = True
+            producing.cancel()
+
+    async def _produce(self, produce: Callable[[Emit], None], emit: Emit) -> None:
+        waited = current_call().queue_seconds
         with self._metrics.step.time(), self._metrics.stage.time("control"):
-            down, mid = await self._models.lane.run(session.run.residuals, sample, step.timestep)
+            await self._models.lane.run(produce, emit)
         self._metrics.queue_wait.observe(current_call().queue_seconds - waited)
-        self._metrics.batch_size.observe(len(sample))
-        answer = Parcel[pb.ControlResponse]()
-        return answer.seal(
-            pb.ControlResponse(
-                down_residuals=[answer.add(one) for one in down],
-                mid_residual=answer.add(mid),
-                backend=self._models.backend.name,
-            )
-        )
+
+    def _response(self, parts: list[Part]) -> Response:
+        answer = Response()
+        down = [answer.add(one) for part in parts for one in part.down]
+        message = pb.ControlResponse(down_residuals=down, backend=self._models.backend.name)
+        if parts[-1].mid is not None:
+            message.mid_residual.CopyFrom(answer.add(parts[-1].mid))
+        return answer.seal(message)
 
 
-@dataclass(frozen=True)
-class _Session:
-    inputs: ControlInputs
-    run: ControlRun
+def _places(step: pb.ControlStep, units: int) -> list[int]:
+    """The places of the units at work, in the order of the start."""
+    places = sorted(step.units) or list(range(units))
+    if len(set(places)) < len(places) or places[-1] >= units:
+        raise InvalidArgument("step.units", list(step.units), f"places among {units} units, each once")
+    return places
 
 
-def _changed(inputs: ControlInputs, request: Parcel[pb.ControlRequest]) -> tuple[Array, dict[str, Array]]:
+def _changed(session: Session, request: Request) -> tuple[Array, dict[str, Array]]:
     """What takes the place of the start's embeddings and conditions: of the same names and shapes."""
     step, field = request.message.step, "step.encoder_hidden_states"
-    embeddings = request.array(step.encoder_hidden_states, field, dtypes=FLOATS, shape=inputs.embeddings.shape)
-    if set(step.added_conditions) != set(inputs.added):
-        allowed = f"a map of {' and '.join(sorted(inputs.added)) or 'nothing'}, as at the start"
+    embeddings = request.array(step.encoder_hidden_states, field, dtypes=FLOATS, shape=session.embeddings.shape)
+    if set(step.added_conditions) != set(session.added):
+        allowed = f"a map of {' and '.join(sorted(session.added)) or 'nothing'}, as at the start"
         raise InvalidArgument("step.added_conditions", sorted(step.added_conditions), allowed)
     added: dict[str, Array] = {}
-    for name, before in inputs.added.items():
+    for name, before in session.added.items():
         path = f"step.added_conditions[{name!r}]"
         found = request.array(step.added_conditions[name], path, dtypes=FLOATS, shape=before.shape)
         added[name] = require_finite(found, path)
     return require_finite(embeddings, field), added
 
 
-def _added(name: str, request: Parcel[pb.ControlRequest], rows: int) -> Array:
+def _added(name: str, request: Request, rows: int) -> Array:
     if name not in ADDED:
         raise InvalidArgument("start.added_conditions", name, " or ".join(ADDED))
     field = f"start.added_conditions[{name!r}]"

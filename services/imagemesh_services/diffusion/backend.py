@@ -118,15 +118,35 @@ class SampleInputs:
         return passes.own * (len(self.seeds) if self.guider.draws else 1)
 
 
+class Steering(Protocol):
+    """What ControlNets add to the UNet at one evaluation: float, in diffusers' order, a row for each of the run's.
+
+    Of the rows, those at the front may be missing: nothing is added to them. To read it may mean to wait for what is
+    still on its way, though not for long.
+
+    Raises:
+        Late: it did not come in time; the evaluation is to be done again when it has.
+    """
+
+    @property
+    def down(self) -> Sequence[Array]:
+        """For the skip connections."""
+
+    @property
+    def mid(self) -> Array:
+        """For the middle block."""
+
+
+class Late(Exception):
+    """Residuals did not come in time."""
+
+
 @dataclass(frozen=True)
 class Residuals:
-    """What a ControlNet adds to the UNet: float, rows first, in diffusers' order."""
+    """``Steering`` that is all there."""
 
     down: Sequence[Array]
     mid: Array
-
-    def __add__(self, other: "Residuals") -> "Residuals":
-        return Residuals([a + b for a, b in zip(self.down, other.down, strict=True)], self.mid + other.mid)
 
 
 class Run(Protocol):
@@ -200,10 +220,11 @@ class DiffusionModel(Protocol):
     def trial(self, width: int, height: int) -> SampleInputs:
         """Inputs of one row, of any content, to measure with."""
 
-    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> Sequence[Exception | None]:
         """Do the next evaluation of each run, all in one forward; the runs' keys are equal.
 
-        Answers what went wrong, a run each: one run's fault (an exception, NaN) is its own, and the others advance.
+        Answers what went wrong, a run each: one run's fault (an exception, NaN) is its own, and the others advance. A
+        run whose steering is ``Late`` has that as its fault, and is where it was before.
         """
 
 

@@ -17,7 +17,7 @@ class DiffusionConfig(ModelServerConfig):
     max_batch: int = 32
     # Where `imagemesh tune` keeps what it measured; empty: in a file of the user's state.
     knees_file: str = ""
-    # Where the ControlNet service is; empty: requests with control units are refused.
+    # Where the ControlNet service is, or several, joined by commas; empty: requests with control units are refused.
     controlnet: str = ""
     # The device is taken to hang when a tick takes longer than so many seconds and so many times what such ticks were
     # measured to take; 0 seconds: never.
@@ -25,3 +25,5 @@ class DiffusionConfig(ModelServerConfig):
     hang_factor: float = 20.0
     # How long one step may wait for a ControlNet's residuals.
     control_timeout_seconds: float = 60.0
+    # How long a forward that has begun may; then it is done without the rows that wait.
+    control_wait_seconds: float = 0.5

@@ -1,22 +1,28 @@
-"""The sampler's side of its ControlNets: a session each, a question each evaluation."""
+"""The sampler's side of its ControlNets: a session each service, a question each evaluation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import reduce
-from operator import add
+from typing import Final
+
+import numpy as np
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer, Session
-from imagemesh_runtime.errors import DeadlineExceeded
+from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError
 from imagemesh_runtime.parcels import Parcel
-from imagemesh_runtime.tensors import FLOATS, Array, require_finite
+from imagemesh_runtime.tensors import FLOATS, Array
 from imagemesh_services.diffusion.backend import Residuals, Run
+from imagemesh_services.diffusion.controlnets import ControlNets, Share
+from imagemesh_services.diffusion.incoming import Incoming
 
 Answer = Parcel[pb.ControlResponse]
+Units = Sequence[diffusion_service_pb2.ControlUnit]
+_MAX_RESIDUALS: Final = 64  # of one step
 
 
 @dataclass(frozen=True)
@@ -35,71 +41,217 @@ class Told:
         return cls(run.phase, run.embeddings(), run.added_conditions())
 
 
+@dataclass(frozen=True)
+class Question:
+    """What ControlNets are asked at one evaluation.
+
+    Attributes:
+        sample: float [rows, channels, h, w].
+        told: what holds of the prompts.
+        places: the units at work, by their places in the request.
+    """
+
+    sample: Array
+    timestep: float
+    told: Told
+    places: Sequence[int]
+
+
 class Control:
-    """The open sessions of one generation."""
+    """The ControlNets of one generation, with a session open at each service that has some of them."""
 
-    def __init__(self, sessions: Sequence[Session[Answer]], peer: Peer, timeout: float) -> None:
-        self._sessions = sessions
-        self._peer = peer
-        self._timeout = timeout
-        self.backends: list[str] = []
+    def __init__(self, units: Units, asked: Sequence["_Asked"]) -> None:
+        self._units = units
+        self._asked = asked
 
-    async def residuals(self, sample: Array, timestep: float, changed: Told | None = None) -> Residuals:
-        """The units' residuals for these rows, summed in the order of the request.
+    @property
+    def backends(self) -> list[str]:
+        """What runs each unit, as far as it was asked."""
+        found = {place: one.backend for one in self._asked for place in one.places if one.backend}
+        return [found[place] for place in sorted(found)]
 
-        Args:
-            changed: what they are told of the prompts from now on, if it isn't what they were told last.
+    def at_work(self, evaluation: int, evaluations: int) -> list[int]:
+        """The places of the units that steer that evaluation of so many, counted as diffusers' pipelines do."""
+
+        def works(unit: diffusion_service_pb2.ControlUnit) -> bool:
+            end = unit.end if unit.HasField("end") else 1.0
+            return not (evaluation / evaluations < unit.start or (evaluation + 1) / evaluations > end)
+
+        return [place for place, unit in enumerate(self._units) if works(unit)]
+
+    async def residuals(self, question: Question, incoming: Incoming, begun: Callable[[], None] = lambda: None) -> None:
+        """Complete ``incoming`` with the units' residuals, summed; ``begun`` is called when all are at it.
+
+        Those of one service are summed there, and the services' in the order of the first units that they have.
 
         Raises:
             DeadlineExceeded: a ControlNet did not answer in time.
+            MeshError: one failed, and nobody else can do its work.
         """
-        question = Parcel[pb.ControlRequest]()
-        step = pb.ControlStep(sample=question.add(sample), timestep=timestep)
-        if changed is not None:
-            step.encoder_hidden_states.CopyFrom(question.add(changed.embeddings))
-            for name, tensor in question.add_map(changed.added).items():
-                step.added_conditions[name].CopyFrom(tensor)
-        question.seal(pb.ControlRequest(step=step))
+        asked = [one for one in self._asked if set(one.places) & set(question.places)]
+        waited = len(asked)
+
+        def one_begun() -> None:
+            nonlocal waited
+            waited -= 1
+            if not waited:
+                begun()
+
+        asking = [asyncio.create_task(one.ask(question, one_begun)) for one in asked]
+        try:
+            found = await asyncio.gather(*asking)
+            incoming.complete(found[0] if len(found) == 1 else await asyncio.to_thread(reduce, _plus, found))
+        finally:
+            incoming.give_up()
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
+class _Asked:
+    """A session with a service about some of the units; with another that has them, when it fails."""
+
+    def __init__(self, units: Units, share: Share, nets: ControlNets, negative_rows: int, timeout: float) -> None:
+        self.places = share.places
+        self.backend = ""
+        self._units = [units[place] for place in share.places]
+        self._peers = list(share.peers)
+        self._nets = nets
+        self._negative_rows = negative_rows
+        self._timeout = timeout
+        self._session: Session[Answer] | None = None
+        self._told: Told | None = None
+
+    @property
+    def _peer(self) -> Peer:
+        return self._peers[0]
+
+    async def ask(self, question: Question, begun: Callable[[], None]) -> Residuals:
+        """The units' residuals; ``begun`` is called once, when the first of them are there."""
+        heard = False
+
+        def first() -> None:
+            nonlocal heard
+            if not heard:
+                heard = True
+                begun()
+
+        while True:
+            try:
+                return await self._try(question, first)
+            except MeshError as error:
+                await self.close(error)
+                if not self._nets.note_failure(self._peer, error) or len(self._peers) == 1:
+                    raise
+                self._peers.pop(0)
+
+    async def _try(self, question: Question, first: Callable[[], None]) -> Residuals:
         try:
             async with asyncio.timeout(self._timeout):
-                answers = await asyncio.gather(*(session.ask(question) for session in self._sessions))
+                if self._session is None:
+                    self._session = await self.open(question.told)
+                await self._session.send(self._step(question))
+                return await self._hear(self._session, first)
         except TimeoutError as error:
             raise DeadlineExceeded(self._peer.name, f"no residuals within {self._timeout} s") from error
-        self.backends = [answer.message.backend for answer in answers]
-        return reduce(add, [_residuals(answer) for answer in answers])
+
+    async def _hear(self, session: Session[Answer], first: Callable[[], None]) -> Residuals:
+        down: list[Array] = []
+        while True:
+            answer = await session.hear()
+            told, at = answer.message, len(down)
+            if at + len(told.down_residuals) > _MAX_RESIDUALS:
+                raise InvalidArgument("down_residuals", f"over {_MAX_RESIDUALS}", f"at most {_MAX_RESIDUALS}")
+            for i, one in enumerate(told.down_residuals, start=at):
+                down.append(answer.array(one, f"down_residuals[{i}]", dtypes=FLOATS))
+            self.backend = told.backend
+            if told.HasField("mid_residual"):
+                found = Residuals(down, answer.array(told.mid_residual, "mid_residual", dtypes=FLOATS))
+                first()
+                return found
+            if len(down) == at:
+                raise InvalidArgument("down_residuals", "an empty message", "one with residuals")
+            first()
+
+    def _step(self, question: Question) -> Parcel[pb.ControlRequest]:
+        parcel = Parcel[pb.ControlRequest]()
+        step = pb.ControlStep(sample=parcel.add(question.sample), timestep=question.timestep)
+        if question.told is not self._told:
+            self._told = question.told
+            step.encoder_hidden_states.CopyFrom(parcel.add(question.told.embeddings))
+            for name, tensor in parcel.add_map(question.told.added).items():
+                step.added_conditions[name].CopyFrom(tensor)
+        mine = [i for i, place in enumerate(self.places) if place in question.places]
+        if len(mine) < len(self.places):
+            step.units.extend(mine)
+        return parcel.seal(pb.ControlRequest(step=step))
+
+    async def open(self, told: Told) -> Session[Answer]:
+        """Begin a session with the best of the peers that are left; what holds until more is told is sent now, once."""
+        stub = rpc.ControlNetServiceStub(self._peer.parcels)
+        session: Session[Answer] = self._peer.session(stub.Control)
+        await session.__aenter__()
+        self._session = session
+        parcel = Parcel[pb.ControlRequest]()
+        units = [
+            pb.ControlNetUnit(
+                model=unit.model,
+                image=unit.image,
+                scale=unit.scale,
+                guess_mode=unit.guess_mode,
+                block_weights=unit.block_weights,
+            )
+            for unit in self._units
+        ]
+        start = pb.ControlStart(
+            units=units,
+            encoder_hidden_states=parcel.add(told.embeddings),
+            added_conditions=parcel.add_map(told.added),
+            by_block=True,
+            negative_rows=self._negative_rows,
+        )
+        await session.send(parcel.seal(pb.ControlRequest(start=start)))
+        self._told = told
+        return session
+
+    async def close(self, error: BaseException | None = None) -> None:
+        """End the session: with an error at once, else with a good-bye."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.__aexit__(None if error is None else type(error), error, None)
 
 
 @asynccontextmanager
 async def open_control(
-    peer: Peer,
-    units: Sequence[diffusion_service_pb2.ControlUnit],
-    embeddings: Array,
-    added: Mapping[str, Array],
-    timeout_seconds: float,
+    nets: ControlNets, units: Units, told: Told, negative_rows: int, timeout_seconds: float
 ) -> AsyncIterator[Control]:
-    """Start a session for every unit; what holds until more is told is sent now, once."""
-    stub = rpc.ControlNetServiceStub(peer.parcels)
+    """Start the sessions that the units take."""
     async with AsyncExitStack() as stack:
-        sessions: list[Session[Answer]] = []
-        for unit in units:
-            session = await stack.enter_async_context(peer.session(stub.Control))
-            opening = Parcel[pb.ControlRequest]()
-            start = pb.ControlStart(
-                model=unit.model,
-                image=unit.image,
-                encoder_hidden_states=opening.add(embeddings),
-                scale=unit.scale,
-                added_conditions=opening.add_map(added),
-            )
-            await session.send(opening.seal(pb.ControlRequest(start=start)))
-            sessions.append(session)
-        yield Control(sessions, peer, timeout_seconds)
+        asked = []
+        for share in await nets.share([unit.model for unit in units]):
+            one = _Asked(units, share, nets, negative_rows, timeout_seconds)
+
+            async def end(kind: object, error: BaseException | None, trace: object, one: _Asked = one) -> None:
+                await one.close(error)
+
+            stack.push_async_exit(end)
+            asked.append(one)
+        yield Control(units, asked)
 
 
-def _residuals(answer: Answer) -> Residuals:
-    told = answer.message
-    down = [answer.array(one, f"down_residuals[{i}]", dtypes=FLOATS) for i, one in enumerate(told.down_residuals)]
-    mid = answer.array(told.mid_residual, "mid_residual", dtypes=FLOATS)
-    for i, one in enumerate(down):
-        require_finite(one, f"down_residuals[{i}]")
-    return Residuals(down, require_finite(mid, "mid_residual"))
+def _plus(one: Residuals, other: Residuals) -> Residuals:
+    """Both, row by row; those that lack the rows at the front add nothing there."""
+    if len(one.down) != len(other.down):
+        raise InvalidArgument("controls", f"{len(one.down)} and {len(other.down)} residuals", "of one family")
+    rows = max(len(one.mid), len(other.mid))
+
+    def filled(given: Array) -> Array:
+        lacking = np.zeros((rows - len(given), *given.shape[1:]), given.dtype)
+        return np.concatenate([lacking, given]) if len(lacking) else given
+
+    pairs = zip([*one.down, one.mid], [*other.down, other.mid], strict=True)
+    try:
+        *down, mid = [filled(a) + filled(b) for a, b in pairs]
+    except ValueError as error:
+        raise InvalidArgument("controls", f"residuals that can't be added: {error}", "of one family") from error
+    return Residuals(down, mid)

@@ -20,7 +20,6 @@ from imagemesh_runtime.errors import DeadlineExceeded, Hangs, Overloaded, TooMuc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
-from imagemesh_services.diffusion.control import Told
 from imagemesh_services.diffusion.generation import (
     SENDING_SECONDS,
     Event,
@@ -32,8 +31,10 @@ from imagemesh_services.diffusion.generation import (
     Started,
     Terms,
 )
+from imagemesh_services.diffusion.incoming import Patience
 from imagemesh_services.diffusion.limits import NOTHING, Limits
 from imagemesh_services.diffusion.pace import Pace, finish_times
+from imagemesh_services.diffusion.steer import steer
 from imagemesh_services.diffusion.ticks import Tick, Ticks
 from imagemesh_services.diffusion.watchdog import Watchdog
 
@@ -57,6 +58,7 @@ class Engine:
         max_queue: most generations that may wait; one more is refused.
         tuned: the most rows of a kind of generations, as far as they were measured beforehand.
         hang_seconds, hang_factor: see ``Watchdog``.
+        control_wait: seconds that a forward may wait for residuals; those whose are late then are left out of it.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Engine:
         tuned: Mapping[Hashable, int] = NOTHING,
         hang_seconds: float = 0.0,
         hang_factor: float = 20.0,
+        control_wait: float = 0.5,
     ) -> None:
+        self._control_wait = control_wait
         self._lane = lane
         self._metrics = metrics
         self._max_queue = max_queue
@@ -302,6 +306,10 @@ class Engine:
     async def _tick(self, batch: Sequence[Generation]) -> None:
         """The next evaluation of all of these; more than one as long as there is nothing else to do."""
         steady = len(batch) == len(self._active) and not any(one.open_control for one in batch)
+        patience = Patience(self._control_wait)
+        for generation in batch:
+            if generation.residuals is not None:
+                generation.residuals.patience = patience
         self._ticks = ticks = Ticks(self._lane, batch, chained=steady and not self._changed.is_set())
         try:
             more = True
@@ -320,17 +328,23 @@ class Engine:
         number = next(self._numbers)
         kind = batch[0].kind
         # One that hung tells nothing of others, unless nothing else is known: then that is how slow it is here.
-        if not self.watchdog.hangs or self._pace.tick_seconds(kind, tick.cost.rows) is None:
+        told = not self.watchdog.hangs or self._pace.tick_seconds(kind, tick.cost.rows) is None
+        if told and not any(outcome.late for outcome in tick.outcomes):
             self._pace.note(kind, tick.cost.rows, tick.queue + tick.compute, tick.cost.forwards)
         self._metrics.step.observe(tick.forward)
         self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
         for generation, outcome in zip(batch, tick.outcomes, strict=True):
             generation.last_tick = number
-            generation.residuals = None
+            if generation.residuals is not None:
+                self._metrics.control_stall.observe(generation.residuals.stalled, "within")
+            if outcome.late:
+                generation.hasty = False
+            else:
+                generation.residuals, generation.steered = None, False
             generation.call.queue_seconds += tick.queue
             generation.call.compute_seconds += shared + outcome.seconds
-            if generation.gone:
+            if generation.gone or outcome.late:
                 continue
             for event in outcome.events:
                 generation.events.put_nowait(event)
@@ -343,22 +357,9 @@ class Engine:
                 self._leave(generation)
 
     async def _steer(self, generation: Generation) -> None:
-        """Ask the generation's ControlNets before each evaluation, as part of its own call."""
-        set_current_call(generation.call)
-        assert generation.open_control is not None
-        run = generation.started
+        """Let its ControlNets have their say in every evaluation."""
         try:
-            told = await self._lane.run(Told.of, run)
-            async with generation.open_control(told.embeddings, told.added) as control:
-                for _ in range(generation.evaluated, run.evaluations):
-                    await generation.wanted.wait()
-                    generation.wanted.clear()
-                    now = await self._lane.run(Told.of, run, told)
-                    changed, told = (now if now is not told else None), now
-                    asked = await self._lane.run(run.model_input)
-                    generation.residuals = await control.residuals(*asked, changed)
-                    generation.control_backends = control.backends
-                    self._wake()
+            await steer(generation, self._lane, self._metrics, self._wake)
         except Exception as error:
             self._end(generation, error)
             self._wake()

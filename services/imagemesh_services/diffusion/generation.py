@@ -1,7 +1,7 @@
 """One request's place in the engine, and what it tells its caller."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -9,14 +9,15 @@ from time import perf_counter
 from imagemesh_runtime.context import CallContext, current_call
 from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFinite, shorten
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import DiffusionModel, Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backend import DiffusionModel, Run, SampleInputs
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint
-from imagemesh_services.diffusion.control import Control
+from imagemesh_services.diffusion.control import Control, Told
 from imagemesh_services.diffusion.guiders import Passes
+from imagemesh_services.diffusion.incoming import Incoming
 from imagemesh_services.diffusion.pace import Pace, Work
 
-# Opens the sessions with the ControlNets, given the rows' prompt embeddings and what some families add to them.
-OpenControl = Callable[[Array, Mapping[str, Array]], AbstractAsyncContextManager[Control]]
+# Opens the sessions with the ControlNets, given what they are told first.
+OpenControl = Callable[[Told], AbstractAsyncContextManager[Control]]
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,14 @@ class Generation:
     call: CallContext = field(default_factory=current_call)
     since: float = field(default_factory=perf_counter)
     run: Run | None = None
-    # The ControlNets' side of it: the task that asks them, when to ask, what they said.
+    # The ControlNets' side of it: the task that asks them, when to ask; whether they are at it, or have no say in the
+    # next evaluation; what they say.
     steering: "asyncio.Task[None] | None" = None
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    residuals: Residuals | None = None
+    steered: bool = False
+    residuals: Incoming | None = None
+    # Whether a forward is begun before all residuals are there: until they were late once.
+    hasty: bool = True
     control_backends: Sequence[str] = ()
     evaluated: int = 0
     # Steps that the caller last heard of.
@@ -123,8 +128,13 @@ class Generation:
     @property
     def runnable(self) -> bool:
         """Whether nothing is missing for the next evaluation, and no checkpoint to be sent before it."""
-        steered = self.open_control is None or self.residuals is not None
+        steered = self.open_control is None or (self.steered and (self.hasty or self.complete))
         return not self.gone and self.run is not None and steered and not self.sending
+
+    @property
+    def complete(self) -> bool:
+        """Whether no residuals are on their way."""
+        return self.residuals is None or self.residuals.there
 
     @property
     def sending(self) -> bool:

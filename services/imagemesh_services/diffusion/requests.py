@@ -13,6 +13,8 @@ from imagemesh_runtime.limits import (
     MAX_SIDE,
     MAX_STEPS,
     MAX_TOKENS,
+    check_block_weights,
+    check_interval,
     check_pixels,
     check_range,
     check_size,
@@ -81,6 +83,8 @@ def read_inputs(request: pb.SampleRequest, model: DiffusionModel) -> SampleInput
 def _check_controls(request: pb.SampleRequest) -> None:
     for i, unit in enumerate(request.controls):
         check_range(f"controls[{i}].scale", unit.scale, 0, MAX_CONTROL_SCALE)
+        check_interval(f"controls[{i}]", unit.start, unit.end if unit.HasField("end") else 1.0)
+        check_block_weights(f"controls[{i}].block_weights", unit.block_weights)
     for i, unit in enumerate(request.controls):
         shape = (request.height, request.width, 3)
         from_proto(unit.image, f"controls[{i}].image", dtypes=["uint8"], shape=shape)

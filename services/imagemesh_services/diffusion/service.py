@@ -8,6 +8,7 @@ from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel
 from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.controlnets import ControlNets
 from imagemesh_services.diffusion.servicer import DiffusionServicer
 
 
@@ -16,14 +17,17 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     metrics = Metrics(config.SERVICE)
     models: LoadedModels[DiffusionModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
     server = ModelServer(config, metrics, models)
-    controlnet = None
+    controlnets = None
     if config.controlnet:
-        controlnet = Peer(
-            "controlnet", config.controlnet, max_message_bytes=config.max_message_bytes, metrics=metrics,
-            shares_memory=config.shared_memory_bytes > 0,
-        )  # fmt: skip
-        server.on_stop(controlnet.close)
-    servicer = DiffusionServicer(config, models, controlnet, metrics)
+        controlnets = ControlNets([
+            Peer(
+                "controlnet", address, max_message_bytes=config.max_message_bytes, metrics=metrics,
+                shares_memory=config.shared_memory_bytes > 0,
+            )
+            for address in config.controlnet.split(",")
+        ])  # fmt: skip
+        server.on_stop(controlnets.close)
+    servicer = DiffusionServicer(config, models, controlnets, metrics)
     server.on_describe(servicer.describe)
     servicer.engine.watchdog.on_change.append(server.set_hangs)
     server.on_drain(servicer.engine.hand_back)

@@ -3,21 +3,21 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from typing import Any
 
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
-from imagemesh_runtime.client import Peer
 from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, ModelCard
-from imagemesh_runtime.tensors import Array, map_to_proto, to_proto
-from imagemesh_services.diffusion.backend import DiffusionModel
+from imagemesh_runtime.tensors import map_to_proto, to_proto
+from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
 from imagemesh_services.diffusion.checkpoint import request_digest, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
-from imagemesh_services.diffusion.control import Control, open_control
+from imagemesh_services.diffusion.control import open_control
+from imagemesh_services.diffusion.controlnets import ControlNets
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Frozen, OpenControl, Progress, Queued, Started
 from imagemesh_services.diffusion.guiders import GUIDERS
@@ -33,16 +33,21 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
     """Samples; whoever is here shares the model step by step."""
 
     def __init__(
-        self, config: DiffusionConfig, models: LoadedModels[DiffusionModel], controlnet: Peer | None, metrics: Metrics
+        self,
+        config: DiffusionConfig,
+        models: LoadedModels[DiffusionModel],
+        controlnets: ControlNets | None,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._models = models
-        self._controlnet = controlnet
+        self._controlnets = controlnets
         self._metrics = metrics
         tuned = rows_on_file(config, models.backend.device, models.backend.dtype)
         self.engine = Engine(
             models.lane, metrics, max_rows=config.max_batch, max_queue=config.max_queue, tuned=tuned,
             hang_seconds=config.hang_seconds, hang_factor=config.hang_factor,
+            control_wait=config.control_wait_seconds,
         )  # fmt: skip
 
     def describe(self, card: ModelCard) -> Mapping[str, str]:
@@ -69,7 +74,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             inputs = read_inputs(request, model)
             fingerprint = f"{model.fingerprint}-{request_digest(request)}"
             terms = read_terms(request, fingerprint)
-            control = self._control(request)
+            control = self._control(request, inputs)
             with self._metrics.stage.time("sample"):
                 async with aclosing(self.engine.sample(model, inputs, control, terms)) as events:
                     async for event in events:
@@ -123,16 +128,13 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         )
         return pb.SampleResponse(result=result)
 
-    def _control(self, request: pb.SampleRequest) -> OpenControl | None:
+    def _control(self, request: pb.SampleRequest, inputs: SampleInputs) -> OpenControl | None:
         if not request.controls:
             return None
-        if self._controlnet is None:
+        if self._controlnets is None:
             raise FailedPrecondition(
                 "this diffusion service has no ControlNet service: set IMAGEMESH_DIFFUSION_CONTROLNET"
             )
-        peer, timeout = self._controlnet, self._config.control_timeout_seconds
-
-        def opener(embeddings: Array, added: Mapping[str, Array]) -> AbstractAsyncContextManager[Control]:
-            return open_control(peer, request.controls, embeddings, added, timeout)
-
-        return opener
+        nets, timeout = self._controlnets, self._config.control_timeout_seconds
+        negative = len(inputs.seeds) if inputs.guided else 0
+        return lambda told: open_control(nets, request.controls, told, negative, timeout)

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.tensors import require_finite
+from imagemesh_services.diffusion.backend import Late
 from imagemesh_services.diffusion.generation import Event, Finished, Frozen, Generation, Progress
 
 
@@ -21,11 +24,13 @@ class Outcome:
         events: what to tell its caller, in this order.
         fault: what went wrong; it ends here.
         seconds: of the lane's time that previews, checkpoints and the result took.
+        late: its residuals did not come in time, and it is where it was.
     """
 
     events: Sequence[Event] = ()
     fault: Exception | None = None
     seconds: float = 0.0
+    late: bool = False
 
     @property
     def last(self) -> bool:
@@ -161,9 +166,11 @@ def advance(batch: Sequence[Generation]) -> tuple[list[Outcome], float]:
 
 
 def _outcome(generation: Generation, fault: Exception | None) -> Outcome:
+    if isinstance(fault, Late):
+        return Outcome(late=True)
     generation.evaluated += 1
     if fault is not None:
-        return Outcome(fault=generation.blame(fault))
+        return Outcome(fault=generation.blame(_traced(generation, fault)))
     if generation.gone:
         return Outcome()
     begun, run = perf_counter(), generation.started
@@ -179,3 +186,16 @@ def _outcome(generation: Generation, fault: Exception | None) -> Outcome:
     except Exception as error:
         fault = generation.blame(error)
     return Outcome(events, fault, perf_counter() - begun)
+
+
+def _traced(generation: Generation, fault: Exception) -> Exception:
+    """What residuals that aren't finite made of the prediction is told as theirs; they are not searched before."""
+    residuals = generation.residuals
+    if isinstance(fault, NotFinite) and residuals is not None:
+        try:
+            for i, one in enumerate(residuals.down):
+                require_finite(one, f"down_residuals[{i}]")
+            require_finite(residuals.mid, "mid_residual")
+        except (InvalidArgument, Late) as error:
+            return error
+    return fault

@@ -70,17 +70,20 @@ class ControlStart(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    MODEL_FIELD_NUMBER: _builtins.int
-    IMAGE_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
     ENCODER_HIDDEN_STATES_FIELD_NUMBER: _builtins.int
-    SCALE_FIELD_NUMBER: _builtins.int
     ADDED_CONDITIONS_FIELD_NUMBER: _builtins.int
-    model: _builtins.str
-    scale: _builtins.float
-    """Weight of the residuals, 0 to 10."""
+    BY_BLOCK_FIELD_NUMBER: _builtins.int
+    NEGATIVE_ROWS_FIELD_NUMBER: _builtins.int
+    by_block: _builtins.bool
+    """Answer a step with a message for each block of the ControlNet as soon as its residuals are there, high resolutions
+    first. Together, in their order, they say what one message would; the last one has mid_residual.
+    """
+    negative_rows: _builtins.int
+    """How many of the rows, from the first, are the negative prompt's."""
     @_builtins.property
-    def image(self) -> _tensor_pb2.Tensor:
-        """DTYPE_UINT8, shape [height, width, 3], RGB."""
+    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlNetUnit]:
+        """1 to 8, each picture of the same size. Their residuals are added up in this order."""
 
     @_builtins.property
     def encoder_hidden_states(self) -> _tensor_pb2.Tensor:
@@ -95,19 +98,62 @@ class ControlStart(_message.Message):
     def __init__(
         self,
         *,
-        model: _builtins.str = ...,
-        image: _tensor_pb2.Tensor | None = ...,
+        units: _abc.Iterable[Global___ControlNetUnit] | None = ...,
         encoder_hidden_states: _tensor_pb2.Tensor | None = ...,
-        scale: _builtins.float = ...,
         added_conditions: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        by_block: _builtins.bool = ...,
+        negative_rows: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states", "image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "encoder_hidden_states", b"encoder_hidden_states", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "by_block", b"by_block", "encoder_hidden_states", b"encoder_hidden_states", "negative_rows", b"negative_rows", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControlStart: _TypeAlias = ControlStart  # noqa: Y015
+
+@_typing.final
+class ControlNetUnit(_message.Message):
+    """A ControlNet and what it follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    GUESS_MODE_FIELD_NUMBER: _builtins.int
+    BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    scale: _builtins.float
+    """Weight of the residuals, 0 to 10."""
+    guess_mode: _builtins.bool
+    """The picture counts more than the prompt: residuals for the prompt's rows alone, those of the first blocks weakened
+    (0.1 to 1, evenly in their logarithm).
+    """
+    @_builtins.property
+    def image(self) -> _tensor_pb2.Tensor:
+        """DTYPE_UINT8, shape [height, width, 3], RGB."""
+
+    @_builtins.property
+    def block_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Weights of the single residuals besides, 0 to 10: one each in diffusers' order, the middle one's last. Empty: all 1."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        image: _tensor_pb2.Tensor | None = ...,
+        scale: _builtins.float = ...,
+        guess_mode: _builtins.bool = ...,
+        block_weights: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_weights", b"block_weights", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlNetUnit: _TypeAlias = ControlNetUnit  # noqa: Y015
 
 @_typing.final
 class ControlStep(_message.Message):
@@ -138,6 +184,7 @@ class ControlStep(_message.Message):
     TIMESTEP_FIELD_NUMBER: _builtins.int
     ENCODER_HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     ADDED_CONDITIONS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
     timestep: _builtins.float
     @_builtins.property
     def sample(self) -> _tensor_pb2.Tensor:
@@ -151,6 +198,12 @@ class ControlStep(_message.Message):
 
     @_builtins.property
     def added_conditions(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]: ...
+    @_builtins.property
+    def units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which units are at work in this step, by their places among ControlStart.units; empty: all. Nothing is computed for
+        the others.
+        """
+
     def __init__(
         self,
         *,
@@ -158,10 +211,11 @@ class ControlStep(_message.Message):
         timestep: _builtins.float = ...,
         encoder_hidden_states: _tensor_pb2.Tensor | None = ...,
         added_conditions: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        units: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states", "sample", b"sample"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "encoder_hidden_states", b"encoder_hidden_states", "sample", b"sample", "timestep", b"timestep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "encoder_hidden_states", b"encoder_hidden_states", "sample", b"sample", "timestep", b"timestep", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,7 +231,9 @@ class ControlResponse(_message.Message):
     backend: _builtins.str
     @_builtins.property
     def down_residuals(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """What to add to the UNet's skip connections, in diffusers' order, and to its middle block."""
+        """What to add to the UNet's skip connections, in diffusers' order, and to its middle block. Where all units at work are
+        in guess mode, of the prompt's rows alone.
+        """
 
     @_builtins.property
     def mid_residual(self) -> _tensor_pb2.Tensor: ...

@@ -48,7 +48,8 @@ class ControlNetServiceServicer:
 
     def Control(self, request_iterator, context):
         """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
-        answered by one message. What does not change from step to step crosses the wire once.
+        answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
+        the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class ControlNetServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ControlNetServiceAsyncStub: ...
     Control: _grpc.StreamStreamMultiCallable[_controlnet_service_pb2.ControlRequest, _controlnet_service_pb2.ControlResponse]
     """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
-    answered by one message. What does not change from step to step crosses the wire once.
+    answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
+    the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
     """
 
 @_typing.type_check_only
@@ -45,7 +46,8 @@ class ControlNetServiceAsyncStub(ControlNetServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Control: _aio.StreamStreamMultiCallable[_controlnet_service_pb2.ControlRequest, _controlnet_service_pb2.ControlResponse]  # type: ignore[assignment]
     """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
-    answered by one message. What does not change from step to step crosses the wire once.
+    answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
+    the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
     """
 
 class ControlNetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +60,8 @@ class ControlNetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_controlnet_service_pb2.ControlResponse], _abc.AsyncIterator[_controlnet_service_pb2.ControlResponse]]:
         """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
-        answered by one message. What does not change from step to step crosses the wire once.
+        answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
+        the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
         """
 
 def add_ControlNetServiceServicer_to_server(servicer: ControlNetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

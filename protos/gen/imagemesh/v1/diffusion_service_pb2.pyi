@@ -300,25 +300,49 @@ class ControlUnit(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    GUESS_MODE_FIELD_NUMBER: _builtins.int
+    BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     scale: _builtins.float
     """Weight of its residuals, 0 to 10."""
+    start: _builtins.float
+    """The part of the evaluations in which it steers, 0 to 1, as diffusers' control_guidance_start and control_guidance_end:
+    nothing is computed or sent outside of it. Absent: from 0, to 1.
+    """
+    end: _builtins.float
+    guess_mode: _builtins.bool
+    """As ControlNetUnit has them."""
     @_builtins.property
     def image(self) -> _tensor_pb2.Tensor:
         """DTYPE_UINT8, shape [height, width, 3], RGB, of the picture's size."""
 
+    @_builtins.property
+    def block_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         image: _tensor_pb2.Tensor | None = ...,
         scale: _builtins.float = ...,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+        guess_mode: _builtins.bool = ...,
+        block_weights: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "image", b"image", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "block_weights", b"block_weights", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 
 Global___ControlUnit: _TypeAlias = ControlUnit  # noqa: Y015
 

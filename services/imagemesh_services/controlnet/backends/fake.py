@@ -1,16 +1,16 @@
 """A ControlNet to be worked out by hand.
 
 Its one skip residual is zero everywhere, of the rows' shape; its middle residual is scale x the picture's mean
-brightness (0 to 1) everywhere, [rows, 1, 1, 1].
+brightness (0 to 1) everywhere, [rows, 1, 1, 1], times the second of the block weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.controlnet.backend import ControlInputs
+from imagemesh_services.controlnet.backend import ControlInputs, Emit, Part
 from imagemesh_services.controlnet.config import ControlNetConfig
 
 
@@ -18,18 +18,21 @@ class FakeControlRun:
     """See the module."""
 
     def __init__(self, inputs: ControlInputs) -> None:
-        self._brightness = float(inputs.image.mean() / 255 * inputs.scale)
+        weight = inputs.block_weights[-1] if inputs.block_weights else 1.0
+        self._brightness = float(inputs.image.mean() / 255 * inputs.scale * weight)
 
     def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
         """The prompts are nothing to it."""
 
-    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+    def residuals(self, sample: Array, timestep: float, emit: Emit) -> None:
         mid = np.full((len(sample), 1, 1, 1), self._brightness, dtype=np.float32)
-        return [np.zeros_like(sample)], mid
+        emit(Part([np.zeros_like(sample)], mid))
 
 
 class FakeControlModel:
     """See the module."""
+
+    prompt_rows_only, count = False, 2
 
     def start(self, inputs: ControlInputs) -> FakeControlRun:
         return FakeControlRun(inputs)

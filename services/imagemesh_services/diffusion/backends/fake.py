@@ -20,7 +20,7 @@ from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.limits import check_range
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array, require_finite
-from imagemesh_services.diffusion.backend import Moments, Residuals, Run, SampleInputs, Wants
+from imagemesh_services.diffusion.backend import Late, Moments, Run, SampleInputs, Steering, Wants
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint, check_names
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import CFG, Guider
@@ -80,7 +80,7 @@ class FakeRun:
         conditions = self._inputs.conditions(self._done, self.evaluations)
         return np.concatenate([self._latents] * conditions), float(self.evaluations - self._done)
 
-    def advance(self, residuals: Residuals | None) -> None:
+    def advance(self, residuals: Steering | None) -> None:
         """The arithmetic of the module's docstring."""
         target = self._target if residuals is None else self._target + residuals.mid.mean()
         self._latents = self._latents + (target - self._latents) / (self.evaluations - self._done)
@@ -149,13 +149,16 @@ class FakeDiffusionModel:
         embeds = np.zeros((1, 8, CHANNELS), dtype=np.float32)
         return SampleInputs({"prompt_embeds": embeds}, width, height, 20, 1.0, None, (0,))
 
-    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> Sequence[Exception | None]:
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> Sequence[Exception | None]:
         faults: list[Exception | None] = []
         for run, added in zip(runs, residuals, strict=True):
-            finite = added is None or bool(np.isfinite(added.mid).all())
-            if finite:
+            try:
+                if added is not None and not np.isfinite(added.mid).all():
+                    raise NotFinite("fake", "latents")
                 cast(FakeRun, run).advance(added)
-            faults.append(None if finite else NotFinite("fake", "latents"))
+                faults.append(None)
+            except (Late, NotFinite) as error:
+                faults.append(error)
         return faults
 
 

@@ -13,7 +13,7 @@ from diffusers.modular_pipelines.qwenimage.modular_pipeline import QwenImagePach
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
+from imagemesh_services.diffusion.backend import Run, SampleInputs, Steering
 from imagemesh_services.diffusion.backends.torch.calls import Call, merge, part, rows_of
 from imagemesh_services.diffusion.backends.torch.flow_families import FlowFamily, family_of
 from imagemesh_services.diffusion.backends.torch.flow_run import FlowRun, Workflow
@@ -92,7 +92,7 @@ class FlowModel:
         return SampleInputs(conditioning, width, height, steps, 1.0, None, (0,), guidable=negative)
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> list[Exception | None]:
         """One forward for all rows; what fails is rerun alone, so that the fault finds its owner."""
         return advance_together(runs, self._predict)
 

@@ -15,12 +15,13 @@ from diffusers import UNet2DConditionModel
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
-from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs, Wants
+from imagemesh_services.diffusion.backend import Late, Run, SampleInputs, Steering, Wants
 from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
+from imagemesh_services.diffusion.backends.torch.injection import Injection, parted
 from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
-from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_prompts, merge_residuals, merge_timesteps
+from imagemesh_services.diffusion.backends.torch.rows import StepRows, merge_prompts, merge_timesteps
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedulers
 from imagemesh_services.diffusion.backends.torch.start import (
@@ -94,12 +95,12 @@ class TorchDiffusionModel:
         return trial_inputs(self._family, self._unet, latents, (width, height))
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[Run], residuals: Sequence[Residuals | None]) -> list[Exception | None]:
+    def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> list[Exception | None]:
         """One forward for all rows; what fails is rerun alone, so that the fault finds its owner."""
         return advance_together(runs, lambda begun: self._predict_passes(runs, begun, residuals))
 
     def _predict_passes(
-        self, runs: Sequence[Run], begun: Begun, residuals: Sequence[Residuals | None]
+        self, runs: Sequence[Run], begun: Begun, residuals: Sequence[Steering | None]
     ) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """The shared passes of all, and after each run's its own."""
         own = {i: part.own for i, part in begun if part.own is not None}
@@ -113,15 +114,15 @@ class TorchDiffusionModel:
             except Exception as error:
                 yield i, error
 
-    def _predict_changed(self, run: TorchRun, part: StepRows, residuals: Residuals | None) -> torch.Tensor:
+    def _predict_changed(self, run: TorchRun, part: StepRows, residuals: Steering | None) -> torch.Tensor:
         """The run's own pass, by the model as its guider changes it meanwhile."""
-        control = merge_residuals([part], [residuals], self._unet)
         count = len(part.sample)
         pictures = [slice(i, i + 1) for i in range(count)] if run.guidance.draws else [slice(0, count)]
         predicted = []
         with run.guidance.changed():
             for i, rows in enumerate(pictures):
-                given = (part.sample[rows], part.timestep, (part.prompts[rows], None), [one[rows] for one in control])
+                control = Injection(self._unet, [part], [residuals], rows.start)
+                given = (part.sample[rows], part.timestep, (part.prompts[rows], None), control)
                 with run.guidance.drawing(i) if run.guidance.draws else nullcontext():
                     predicted.append(self._forward(*given, {name: one[rows] for name, one in part.added.items()}))
         return torch.cat(predicted)
@@ -131,33 +132,26 @@ class TorchDiffusionModel:
         sample: torch.Tensor,
         timestep: torch.Tensor,
         told: tuple[torch.Tensor, torch.Tensor | None],
-        control: Sequence[torch.Tensor],
+        control: Injection,
         added: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The UNet on at most ``max_rows`` rows at a time.
-
-        Args:
-            told: see ``merge_prompts``.
-            control: the down residuals and the middle one.
-        """
+        """The UNet on at most ``max_rows`` rows at a time; ``told`` as ``merge_prompts`` has it."""
         predicted, (prompts, mask) = [], told
         for start in range(0, len(sample), self._max_rows):
-            rows = slice(start, start + self._max_rows)
+            rows = slice(start, min(start + self._max_rows, len(sample)))
             more: dict[str, Any] = {}
             if added:
                 more["added_cond_kwargs"] = {name: values[rows] for name, values in added.items()}
             if mask is not None:
                 more["encoder_attention_mask"] = mask[rows]
-            if control:
-                *down, mid = (one[rows] for one in control)
-                more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
             time = timestep[rows] if timestep.dim() else timestep
-            found = self._unet(sample[rows], time, encoder_hidden_states=prompts[rows], return_dict=False, **more)
+            with control.into(rows):
+                found = self._unet(sample[rows], time, encoder_hidden_states=prompts[rows], return_dict=False, **more)
             predicted.append(found[0])
         return torch.cat(predicted)
 
     def _predict(
-        self, begun: Sequence[tuple[int, StepRows]], residuals: Sequence[Residuals | None]
+        self, begun: Sequence[tuple[int, StepRows]], residuals: Sequence[Steering | None]
     ) -> list[tuple[int, torch.Tensor | Exception]]:
         if not begun:
             return []
@@ -167,9 +161,12 @@ class TorchDiffusionModel:
                 torch.cat([part.sample for part in parts]),
                 merge_timesteps(parts),
                 merge_prompts(parts),
-                merge_residuals(parts, [residuals[i] for i, _ in begun], self._unet),
+                Injection(self._unet, parts, [residuals[i] for i, _ in begun]),
                 {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
             )
+        except Late as late:
+            there, missing = parted(begun, residuals)
+            return [*self._predict(there, residuals), *((i, late) for i, _ in missing)]
         except Exception as error:
             if len(begun) > 1:
                 return [found for one in begun for found in self._predict([one], residuals)]

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.diffusion.backend import Residuals
+from imagemesh_services.diffusion.backend import Steering
 from imagemesh_services.torch_support import to_torch
+
+
+class Misfit(RuntimeError):
+    """Residuals are not as many as the model and its rows take."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,15 @@ class StepRows:
     own: "StepRows | None" = None
 
     def select(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of rows for the run's last conditions, as many of them as the evaluation needs, those of this part."""
-        if len(rows) == len(self.sample):
-            return rows
+        """Of residuals for the run's last conditions, those of this part; conditions that they don't have get -0.0."""
         each = len(self.sample) // len(self.conditions)
-        starts = [len(rows) + condition * each for condition in self.conditions]
-        return torch.cat([rows[start : start + each] for start in starts])
+        if not len(rows) or len(rows) % each:
+            raise Misfit(f"{len(rows)} rows of residuals for pictures of {each}")
+        found = []
+        for condition in self.conditions:
+            start = len(rows) + condition * each
+            found.append(rows[start : start + each] if start >= 0 else torch.full_like(rows[:each], -0.0))
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def merge_timesteps(parts: Sequence[StepRows]) -> torch.Tensor:
@@ -60,21 +67,19 @@ def merge_prompts(parts: Sequence[StepRows]) -> tuple[torch.Tensor, torch.Tensor
     return merged, mask
 
 
-def merge_residuals(parts: Sequence[StepRows], residuals: Sequence[Residuals | None], like: Any) -> list[torch.Tensor]:
-    """The rows' residuals, the middle one last, if a run has any; rows without get -0.0, which changes no float."""
-    given = next((one for one in residuals if one is not None), None)
-    if given is None:
-        return []
+def merge_residuals(
+    parts: Sequence[StepRows], residuals: Sequence[Steering | None], place: int | None, like: Any
+) -> torch.Tensor:
+    """The rows' residuals at a place among the skip connections, or of the middle block (None).
 
-    def rows(part: StepRows, mine: Array | None, shape: Array) -> torch.Tensor:
-        if mine is not None:
-            return part.select(to_torch(mine, like.device, like.dtype))
-        return torch.full((len(part.sample), *shape.shape[1:]), -0.0, device=like.device, dtype=like.dtype)
+    At least one run has some; rows without get -0.0, which changes no float.
+    """
+    mine = [None if one is None else one.mid if place is None else one.down[place] for one in residuals]
+    shape = next(one.shape[1:] for one in mine if one is not None)
 
-    pairs = list(zip(parts, residuals, strict=True))
-    down = [
-        torch.cat([rows(part, None if one is None else one.down[i], given.down[i]) for part, one in pairs])
-        for i in range(len(given.down))
-    ]
-    mid = torch.cat([rows(part, None if one is None else one.mid, given.mid) for part, one in pairs])
-    return [*down, mid]
+    def rows(part: StepRows, given: Array | None) -> torch.Tensor:
+        if given is not None:
+            return part.select(to_torch(given, like.device, like.dtype))
+        return torch.full((len(part.sample), *shape), -0.0, device=like.device, dtype=like.dtype)
+
+    return torch.cat([rows(part, given) for part, given in zip(parts, mine, strict=True)])

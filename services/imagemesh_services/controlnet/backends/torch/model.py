@@ -1,6 +1,7 @@
 """diffusers' ControlNetModel in torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,22 +10,26 @@ from diffusers import ControlNetModel
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.controlnet.backend import ControlInputs
+from imagemesh_services.controlnet.backend import ControlInputs, Emit
+from imagemesh_services.controlnet.backends.torch.producing import Produced, producing
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_torch
 
 
 class TorchControlRun:
-    """One generation's picture and prompts, on the device."""
+    """One generation's picture and prompts, on the device.
 
-    def __init__(self, model: Any, inputs: ControlInputs) -> None:
-        self._model = model
-        self._scale = inputs.scale
+    The hint, which the picture is embedded as, doesn't change with the step and is computed once.
+    """
+
+    def __init__(self, model: "TorchControlModel", inputs: ControlInputs) -> None:
+        self._model = model.net
+        self._size = inputs.image.shape[:2]
+        self._scales = _scales(model, inputs)
         self.tell(inputs.embeddings, inputs.added)
-        pixels = to_torch(inputs.image, model.device).to(model.dtype) / 255
-        self._image = pixels.permute(2, 0, 1).unsqueeze(0).repeat(len(self._embeddings), 1, 1, 1)
-        self._factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
+        self._hint = model.hint(inputs.image)
+        self._factor = 2 ** (len(self._model.config.conditioning_embedding_out_channels) - 1)
 
     def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
         device, dtype = self._model.device, self._model.dtype
@@ -32,22 +37,21 @@ class TorchControlRun:
         self._added = {name: to_torch(one, device, dtype) for name, one in added.items()}
 
     @torch.inference_mode()
-    def residuals(self, sample: Array, timestep: float) -> tuple[Sequence[Array], Array]:
+    def residuals(self, sample: Array, timestep: float, emit: Emit) -> None:
         self._check(sample)
         last = slice(len(self._embeddings) - len(sample), None)
-        down, mid = self._model(
-            to_torch(sample, self._model.device, self._model.dtype),
-            torch.tensor(timestep, device=self._model.device),
-            encoder_hidden_states=self._embeddings[last],
-            controlnet_cond=self._image[last],
-            conditioning_scale=self._scale,
-            added_cond_kwargs={name: one[last] for name, one in self._added.items()} or None,
-            return_dict=False,
-        )
-        return [to_numpy(one) for one in down], to_numpy(mid)
+        with suppress(Produced), producing(self._model, self._scales, emit):
+            self._model(
+                to_torch(sample, self._model.device, self._model.dtype),
+                torch.tensor(timestep, device=self._model.device),
+                encoder_hidden_states=self._embeddings[last],
+                controlnet_cond=self._hint,
+                added_cond_kwargs={name: one[last] for name, one in self._added.items()} or None,
+                return_dict=False,
+            )
 
     def _check(self, sample: Array) -> None:
-        height, width = (side // self._factor for side in self._image.shape[-2:])
+        height, width = (side // self._factor for side in self._size)
         rows = len(self._embeddings)
         wanted = [self._model.config.in_channels, height, width]
         if list(sample.shape[1:]) != wanted or not 1 <= len(sample) <= rows:
@@ -55,22 +59,44 @@ class TorchControlRun:
             raise InvalidArgument("step.sample.shape", list(sample.shape), allowed)
 
 
+def _scales(model: "TorchControlModel", inputs: ControlInputs) -> list[Any]:
+    """What each residual is multiplied by, as ``ControlNetModel.forward`` has it, the middle one last."""
+    count = model.count
+    scales: list[Any] = [inputs.scale] * count
+    if inputs.guess and not model.net.config.global_pool_conditions:
+        scales = list(torch.logspace(-1, 0, count, device=model.net.device) * inputs.scale)
+    weights = inputs.block_weights or [1.0] * count
+    return [scale * weight for scale, weight in zip(scales, weights, strict=True)]
+
+
 class TorchControlModel:
-    """A ControlNet."""
+    """A ControlNet, apart from the part of it that embeds pictures."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.net = model
+        self._embed = model.controlnet_cond_embedding
+        model.controlnet_cond_embedding = torch.nn.Identity()  # what the model is given is embedded already
+        self._flips = model.config.controlnet_conditioning_channel_order == "bgr"
+        self.count = len(model.controlnet_down_blocks) + 1
+        self.prompt_rows_only = bool(model.config.global_pool_conditions)
+
+    @torch.inference_mode()
+    def hint(self, image: Array) -> torch.Tensor:
+        """A uint8 picture [height, width, 3], embedded: [1, channels, h, w], for the model to add to every row."""
+        pixels = to_torch(image, self.net.device).to(self.net.dtype) / 255
+        found: torch.Tensor = self._embed((pixels.flip(-1) if self._flips else pixels).permute(2, 0, 1).unsqueeze(0))
+        return found.flip(1) if self._flips else found  # the model turns it round, which it means the picture's by
 
     def start(self, inputs: ControlInputs) -> TorchControlRun:
-        width = self._model.config.cross_attention_dim
+        width = self.net.config.cross_attention_dim
         if inputs.embeddings.shape[-1] != width:
             got = f"width {inputs.embeddings.shape[-1]}"
             raise InvalidArgument("start.encoder_hidden_states", got, f"of width {width}")
         self._check_added(inputs)
-        return TorchControlRun(self._model, inputs)
+        return TorchControlRun(self, inputs)
 
     def _check_added(self, inputs: ControlInputs) -> None:
-        config = self._model.config
+        config = self.net.config
         wanted = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()
         if set(inputs.added) != wanted:
             allowed = f"a map of {' and '.join(sorted(wanted)) or 'nothing'}: another family's ControlNet"

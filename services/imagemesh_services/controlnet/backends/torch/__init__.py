@@ -1,0 +1,5 @@
+"""ControlNets in PyTorch: diffusers' ControlNetModel, whose residuals leave block by block."""
+
+from imagemesh_services.controlnet.backends.torch.model import TorchControlNet
+
+__all__ = ["TorchControlNet"]
