@@ -81,13 +81,21 @@ def _check_mask(args: Namespace) -> None:
 
 
 def _controls(args: Namespace) -> list[Control]:
-    """The n-th --control with the n-th --control-model and --control-scale."""
-    for option, values in (("--control-model", args.control_model), ("--control-scale", args.control_scale)):
+    """The n-th --control with the n-th of each option for it."""
+    options = {name: getattr(args, f"control_{name}") for name in ("model", "scale", "start", "end", "blocks")}
+    for name, values in options.items():
         if len(values) > len(args.control):
             allowed = f"given at most once for each --control ({len(args.control)})"
-            raise InvalidArgument(option, counted(len(values), "time"), allowed)
-    rows = zip_longest(args.control, args.control_model, args.control_scale)
-    return [Control(file, model or "", 1.0 if scale is None else scale) for file, model, scale in rows]
+            raise InvalidArgument(f"--control-{name}", counted(len(values), "time"), allowed)
+    if args.guess_mode and not args.control:
+        raise InvalidArgument("--guess-mode", True, "given beside --control")
+    names = ("model", "scale", "start", "end", "block_weights")
+    rows = zip_longest(args.control, *options.values())
+    controls = []
+    for file, *row in rows:
+        given = {name: one for name, one in zip(names, row, strict=True) if one is not None}
+        controls.append(Control(file, guess_mode=args.guess_mode, **given))
+    return controls
 
 
 def _hires(args: Namespace) -> Hires | None:

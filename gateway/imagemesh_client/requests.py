@@ -227,4 +227,8 @@ def _control(field: str, control: Control) -> pb.GenerateControl:
         model=_text(f"{field}.model", control.model),
         image=image_to_proto(control.image, f"{field}.image"),
         scale=_number(f"{field}.scale", control.scale),
+        start=None if control.start == 0 else _number(f"{field}.start", control.start),
+        end=None if control.end == 1 else _number(f"{field}.end", control.end),
+        guess_mode=bool(control.guess_mode),
+        block_weights=[_number(f"{field}.block_weights[{i}]", one) for i, one in enumerate(control.block_weights)],
     )

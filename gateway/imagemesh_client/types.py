@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +26,13 @@ class Control:
     # Empty: the mesh's default ControlNet.
     model: str = ""
     scale: float = 1.0
+    # The part of the steps in which it steers, 0 to 1.
+    start: float = 0.0
+    end: float = 1.0
+    # The picture counts more than the prompt.
+    guess_mode: bool = False
+    # A weight for each of the ControlNet's residuals, the middle block's last. Empty: all 1.
+    block_weights: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_runtime.limits import (
+    MAX_BLOCK_WEIGHTS,
     MAX_CONTROL_SCALE,
     MAX_CONTROLS,
     MAX_GUIDANCE,
@@ -39,6 +40,7 @@ Picture = Annotated[bytes, BeforeValidator(_picture), WithJsonSchema({"type": "s
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE, description="Pixels.")]
+Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_SCALE, allow_inf_nan=False)]
 Strength = Annotated[float, Field(gt=0, le=1, description="How much is made anew.")]
 PriorityName = Literal["interactive", "normal", "batch"]
 
@@ -48,6 +50,7 @@ _SEED = f"a whole number from 0 to {MAX_SEED}"
 _STEPS = f"1 to {MAX_STEPS}"
 _PICTURE = "a PNG, JPEG or WebP file in base64, or a data: URL of one"
 _STRENGTH = "above 0, and at most 1"
+_WEIGHT = f"0 to {MAX_CONTROL_SCALE}"
 # What the fields of GenerateBody may be, for errors to say; those of objects by their path.
 ALLOWED: Final = {
     "prompt": _TEXT,
@@ -87,7 +90,11 @@ ALLOWED: Final = {
     "controls": f"a list of at most {MAX_CONTROLS} objects",
     "controls.model": _TEXT,
     "controls.image": _PICTURE,
-    "controls.scale": f"0 to {MAX_CONTROL_SCALE}",
+    "controls.scale": _WEIGHT,
+    "controls.start": "0 to 1",
+    "controls.end": "0 to 1",
+    "controls.guess_mode": "true or false",
+    "controls.block_weights": f"a list of at most {MAX_BLOCK_WEIGHTS} numbers, each {_WEIGHT}",
 }
 
 
@@ -117,10 +124,16 @@ class ControlBody(_Strict):
 
     image: Picture
     model: Text = Field("", description="Empty is the mesh's default ControlNet.")
-    scale: float = Field(1.0, ge=0, le=MAX_CONTROL_SCALE, allow_inf_nan=False)
+    scale: Weight = 1.0
+    start: float = Field(0.0, ge=0, le=1, description="It steers from here on: a part of the steps.")
+    end: float = Field(1.0, ge=0, le=1, description="And up to here.")
+    guess_mode: bool = Field(False, description="The picture counts more than the prompt.")
+    block_weights: list[Weight] = Field(
+        default_factory=list, max_length=MAX_BLOCK_WEIGHTS, description="A weight for each of its residuals."
+    )
 
     def to_proto(self) -> pb.GenerateControl:
-        return pb.GenerateControl(model=self.model, image=image_pb2.Image(encoded=self.image), scale=self.scale)
+        return pb.GenerateControl(**self.fields() | {"image": image_pb2.Image(encoded=self.image)})
 
 
 class GenerateBody(_Strict):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from imagemesh_gateway.plan import Plan
+from imagemesh_gateway.plan import ControlPlan, Plan
 from imagemesh_runtime.images import decode
 from imagemesh_runtime.tensors import Array
 
@@ -50,11 +50,23 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields["Hires upscaler"] = plan.hires.upscaler
         fields["Denoising strength"] = f"{plan.hires.strength:g}"
     for i, unit in enumerate(plan.controls):
-        fields[f"ControlNet {i}"] = f'"Model: {unit.model}, Weight: {unit.scale:g}"'
+        fields[f"ControlNet {i}"] = f'"{_control(unit)}"'
     if plan.clip_skip:
         fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _control(unit: ControlPlan) -> str:
+    """As AUTOMATIC1111's ControlNet extension writes it, what is by default left out."""
+    told = [f"Model: {unit.model}, Weight: {unit.scale:g}"]
+    if (unit.start, unit.end) != (0, 1):
+        told.append(f"Guidance Start: {unit.start:g}, Guidance End: {unit.end:g}")
+    if unit.request.guess_mode:
+        told.append("Control Mode: ControlNet is more important")
+    if unit.request.block_weights:
+        told.append(f"Block Weights: {' '.join(f'{weight:g}' for weight in unit.request.block_weights)}")
+    return ", ".join(told)
 
 
 def _text(value: str) -> str:

@@ -82,7 +82,15 @@ async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_serv
     with metrics.stage.time("control-pictures"):
         pictures = [await asyncio.to_thread(control_picture, plan, i) for i in range(len(plan.controls))]
     return [
-        diffusion_service_pb2.ControlUnit(model=unit.model, image=to_proto(picture), scale=unit.scale)
+        diffusion_service_pb2.ControlUnit(
+            model=unit.model,
+            image=to_proto(picture),
+            scale=unit.scale,
+            start=unit.start,
+            end=unit.end,
+            guess_mode=unit.request.guess_mode,
+            block_weights=unit.request.block_weights,
+        )
         for unit, picture in zip(plan.controls, pictures, strict=True)
     ]
 

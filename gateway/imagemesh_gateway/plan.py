@@ -16,6 +16,8 @@ from imagemesh_runtime.limits import (
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
+    check_block_weights,
+    check_interval,
     check_pixels,
     check_prompt,
     check_range,
@@ -30,11 +32,14 @@ DEFAULT_GUIDER = "CFG"
 
 @dataclass(frozen=True)
 class ControlPlan:
-    """A control unit: a ControlNet, the picture that it follows (not decoded yet) and its weight."""
+    """A control unit: a ControlNet, the picture that it follows (not decoded yet), its weight and when it steers."""
 
     model: str
     request: pb.GenerateControl
     scale: float
+    # The part of the evaluations.
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,9 @@ async def _controls(request: pb.GenerateRequest, mesh: Mesh) -> tuple[ControlPla
     for i, unit in enumerate(request.controls):
         scale = unit.scale if unit.HasField("scale") else 1.0
         check_range(f"controls[{i}].scale", scale, 0, MAX_CONTROL_SCALE)
+        start, end = unit.start, unit.end if unit.HasField("end") else 1.0
+        check_interval(f"controls[{i}]", start, end)
+        check_block_weights(f"controls[{i}].block_weights", unit.block_weights)
         model = await mesh.catalogue.find(mesh.controlnet, unit.model)
-        plans.append(ControlPlan(model.name, unit, scale))
+        plans.append(ControlPlan(model.name, unit, scale, start, end))
     return tuple(plans)

@@ -114,4 +114,4 @@ def test_torch_equals_the_librarys_sum(torch_model, models: Path, count, guess):
             conditioning_scale=list(SCALES), guess_mode=guess, return_dict=False,
         )  # fmt: skip
     for one, other in zip(told(session(torch_model, (guess,) * count), *range(count)), [*down, mid], strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one, other, rtol=3e-5, atol=1e-5)

@@ -85,6 +85,11 @@ def test_a_control(mesh: MeshHost, picture: Image.Image) -> None:
     same(mesh, {"controls": [unit]}, controls=[Control(picture, scale=0.7)])
 
 
+def test_a_control_for_a_part_of_the_steps(mesh: MeshHost, picture: Image.Image) -> None:
+    how = {"scale": 0.7, "start": 0.25, "end": 0.75, "guess_mode": True, "block_weights": [0, 1, 0.5, 2, 1]}
+    same(mesh, {"controls": [{"image": coded(picture), **how}]}, controls=[Control(picture, **how)])  # type: ignore[arg-type]
+
+
 def test_a_second_pass(mesh: MeshHost) -> None:
     hires = {"scale": 1.5, "upscaler": "Lanczos", "strength": 0.5, "steps": 4}
     same(mesh, {"hires": hires}, hires=Hires(scale=1.5, upscaler="Lanczos", strength=0.5, steps=4))

@@ -62,6 +62,19 @@ async def test_several_controlnets_are_summed_before_they_are_sent(models: Path)
     assert same(both, twice)
 
 
+@pytest.mark.parametrize("memory", [False, True], ids=["raw", "shm"])
+async def test_three_controlnets_cost_the_wire_what_one_does(models: Path, memory: bool) -> None:
+    received = []
+    for scales in ((1.0,), (1.0, 0.5, 0.3)):
+        async with steered(models, wants_memory=memory) as sampler, sampler.control(*scales) as control:
+            for timestep in TIMESTEPS:
+                await ask(control, timestep)
+            told = moved(sampler.metrics)
+            assert ("shm received" in told) == memory
+            received.append(sum(count for way, count in told.items() if way.endswith("received")))
+    assert received[1] / received[0] <= 1.02
+
+
 @pytest.mark.parametrize("socket", [False, True], ids=["tcp", "unix"])
 async def test_on_one_machine_residuals_come_in_shared_memory(models: Path, socket: bool, tmp_path: Path) -> None:
     listen = f"unix:{tmp_path}/c.sock" if socket else "127.0.0.1:0"

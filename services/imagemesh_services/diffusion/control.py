@@ -103,9 +103,14 @@ class Control:
             incoming.complete(found[0] if len(found) == 1 else await asyncio.to_thread(reduce, _plus, found))
         finally:
             incoming.give_up()
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await _end(asking)
+            asking.clear()  # an error refers to this frame: what it holds of shared memory shall go with it
+
+
+async def _end(tasks: Sequence[asyncio.Task[Residuals]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Asked:

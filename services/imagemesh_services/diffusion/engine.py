@@ -125,6 +125,8 @@ class Engine:
                     return
         finally:
             generation.gone = True
+            if generation.residuals is not None:
+                generation.residuals.give_up()  # the lane may be waiting for them
             self._wake()
 
     async def hand_back(self) -> None:

@@ -165,6 +165,7 @@ def test_a_gateway_that_hangs_is_given_up_after_the_timeout(
         ["generate", "a fox", "-o", "fox.png", "--seed", "-1"],
         ["generate", "a fox", "-o", "fox.png", "--control", "missing.png"],
         ["generate", "a fox", "-o", "fox.png", "--control-model", "canny"],
+        ["generate", "a fox", "-o", "fox.png", "--control-start", "0.5"],
         ["generate", "\udcff", "-o", "fox.png"],
         ["classify"],
         ["classify", "missing.png"],
