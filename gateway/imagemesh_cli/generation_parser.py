@@ -80,10 +80,17 @@ def _controls(parser: ArgumentParser) -> None:
     add("--control-model", action="append", default=[], metavar="NAME", help="ControlNet for it (default: the mesh's "
         "own)")  # fmt: skip
     add("--control-scale", type=number, action="append", default=[], metavar="X", help="its weight (default: 1)")
-    add("--control-start", type=number, action="append", default=[], metavar="X", help="part of the steps from which it "
-        "steers (default: 0)")  # fmt: skip
+    add("--control-start", type=number, action="append", default=[], metavar="X", help="part of the steps from which "
+        "it steers (default: 0)")  # fmt: skip
     add("--control-end", type=number, action="append", default=[], metavar="X", help="and up to which (default: 1)")
-    add("--control-blocks", type=_weights, action="append", default=[], metavar="X,X...", help="weights of its residuals")
+    add(
+        "--control-blocks",
+        type=_weights,
+        action="append",
+        default=[],
+        metavar="X,X...",
+        help="weights of its residuals",
+    )
     add("--guess-mode", action="store_true", help="the pictures count more than the prompt")
 
 

@@ -45,8 +45,9 @@ class ControlRun(Protocol):
     def residuals(self, sample: Array, timestep: float, emit: Emit) -> None:
         """For rows [rows, channels, h, w]: what to add to the UNet's skip connections, and to its middle block.
 
-        Told in one part or, by backends that can, in one for each block. Fewer rows than the embeddings have are the last
-        ones of them: a step without guidance has no negative rows.
+        Told in one part or, by backends that can, in one for each block.
+
+        Fewer rows than the embeddings have are the last ones of them: a step without guidance has no negative rows.
 
         Raises:
             InvalidArgument: the rows don't fit the picture or the embeddings.
