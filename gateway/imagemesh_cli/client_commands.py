@@ -72,6 +72,17 @@ def generation_options(args: Namespace) -> GenerateOptions:
     )
 
 
+# Ends of options that go with a --control, and the SDK's names for them.
+_OF_A_CONTROL = {
+    "model": "model",
+    "scale": "scale",
+    "start": "start",
+    "end": "end",
+    "blocks": "block_weights",
+    "preprocessor": "preprocessor",
+}
+
+
 def _check_mask(args: Namespace) -> None:
     if args.mask is not None:
         return
@@ -82,18 +93,18 @@ def _check_mask(args: Namespace) -> None:
 
 def _controls(args: Namespace) -> list[Control]:
     """The n-th --control with the n-th of each option for it."""
-    options = {name: getattr(args, f"control_{name}") for name in ("model", "scale", "start", "end", "blocks")}
+    options = {name: getattr(args, f"control_{name}") for name in _OF_A_CONTROL}
     for name, values in options.items():
         if len(values) > len(args.control):
             allowed = f"given at most once for each --control ({len(args.control)})"
             raise InvalidArgument(f"--control-{name}", counted(len(values), "time"), allowed)
     if args.guess_mode and not args.control:
         raise InvalidArgument("--guess-mode", True, "given beside --control")
-    names = ("model", "scale", "start", "end", "block_weights")
-    rows = zip_longest(args.control, *options.values())
     controls = []
-    for file, *row in rows:
-        given = {name: one for name, one in zip(names, row, strict=True) if one is not None}
+    for file, *row in zip_longest(args.control, *options.values()):
+        given = {name: one for name, one in zip(_OF_A_CONTROL.values(), row, strict=True) if one is not None}
+        if "preprocessor" in given:
+            given["preprocessor"], given["parameters"] = given["preprocessor"]
         controls.append(Control(file, guess_mode=args.guess_mode, **given))
     return controls
 

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from imagemesh_cli.option_types import file, number, option, positive, scale_or_size, size, whole
+from imagemesh_cli.option_types import file, number, option, positive, preprocessor, scale_or_size, size, whole
 
 
 def add_generation(parser: ArgumentParser) -> None:
@@ -91,6 +91,10 @@ def _controls(parser: ArgumentParser) -> None:
         metavar="X,X...",
         help="weights of its residuals",
     )
+    add(
+        "--control-preprocessor", type=preprocessor, action="append", default=[], metavar="NAME[:PARAMETER=VALUE,...]",
+        help="what draws of it what is followed, such as canny or canny:low_threshold=50 (default: none)",
+    )  # fmt: skip
     add("--guess-mode", action="store_true", help="the pictures count more than the prompt")
 
 

@@ -149,3 +149,9 @@ def address(text: str) -> str:
 
 
 port = whole(0, 65535)
+
+
+def preprocessor(text: str) -> tuple[str, dict[str, bool | float | str]]:
+    """A name, and after a colon its parameters."""
+    name, colon, parameters = text.partition(":")
+    return name, dict(option(one) for one in parameters.split(",")) if colon else {}

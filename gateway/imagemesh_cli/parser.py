@@ -73,10 +73,14 @@ def build_parser() -> ArgumentParser:
     _generate(command("generate", "client_commands:generate", "make pictures of a prompt"))
     _classify(command("classify", "vision_commands:classify", "name what is in pictures"))
     _embed(command("embed", "vision_commands:embed", "turn pictures into vectors"))
+    _preprocess(
+        command("preprocess", "preprocess_commands:preprocess", "make of a picture what a ControlNet is to follow")
+    )
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
     _client(command("schedulers", "client_commands:schedulers", "list the schedulers; --json tells their options"))
     _client(command("guiders", "client_commands:guiders", "list the ways of guidance; --json tells their options"))
+    _client(command("preprocessors", "preprocess_commands:preprocessors", "list the preprocessors for ControlNets"))
     return parser
 
 
@@ -211,4 +215,19 @@ def _embed(parser: ArgumentParser) -> None:
     parser.add_argument("--normalize", action="store_true", help="divide each vector by its length")
     parser.add_argument("--model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
     parser.add_argument("-o", "--output", type=file_to_write, metavar="FILE.npy", help="write the vectors for numpy")
+    _client(parser)
+
+
+def _preprocess(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of a preprocessor; see imagemesh preprocessors")
+    parser.add_argument("file", type=file, metavar="FILE")
+    _output(parser, required=True)
+    parser.add_argument(
+        "--parameter", type=option, action="append", default=[], metavar="NAME=VALUE",
+        help="of the preprocessor, such as low_threshold=50; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resolution", type=whole(1), default=0, metavar="PIXELS", help="shorter side to work at (default: as it is)"
+    )
+    parser.add_argument("--model", default="", metavar="NAME", help="where one is needed (default: the first)")
     _client(parser)

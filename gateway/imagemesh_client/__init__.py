@@ -12,6 +12,7 @@ what is wrong with which field or service, and ``to_status().details`` holds the
 from imagemesh_client.aio import AsyncClient
 from imagemesh_client.images import ImageInput
 from imagemesh_client.job_types import Job, JobFailure, JobOptions
+from imagemesh_client.preprocessing import Preprocessed, Preprocessor, PreprocessorParameter
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync import Client
 from imagemesh_client.types import (
@@ -60,6 +61,9 @@ __all__ = [
     "Models",
     "Parameters",
     "Prediction",
+    "Preprocessed",
+    "Preprocessor",
+    "PreprocessorParameter",
     "Progress",
     "Queued",
     "RemoteError",

@@ -1,17 +1,19 @@
 """The client, for callers with an event loop of their own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh.v1 import preprocess_service_pb2, preprocess_service_pb2_grpc
 from imagemesh_client import answers
 from imagemesh_client.aio_jobs import AsyncJobs
 from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
+from imagemesh_client.preprocessing import Preprocessed, Preprocessor, preprocess_request, preprocessed, preprocessors
 from imagemesh_client.requests import GenerateOptions, generate_request
 from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
@@ -158,6 +160,35 @@ class AsyncClient:
             async for response in responses:
                 yield answers.stream_error(response) or answers.embeddings(response.response, 1)
         outgoing.check()
+
+    async def preprocess(
+        self,
+        image: ImageInput,
+        preprocessor: str,
+        *,
+        parameters: Mapping[str, bool | float | str] = MappingProxyType({}),
+        resolution: int = 0,
+        model: str = "",
+    ) -> Preprocessed:
+        """Make of a picture what a ControlNet is to follow.
+
+        Args:
+            preprocessor: a name that ``preprocessors()`` tells, or an alias.
+            parameters: the preprocessor's; what is left out has its default.
+            resolution: pixels of the shorter side that the picture is brought to first; 0: it keeps its size.
+            model: where one is needed; empty: the first that there is.
+        """
+        request = await asyncio.to_thread(preprocess_request, image, preprocessor, parameters, resolution, model)
+        peer = self._connect()[0]
+        stub = preprocess_service_pb2_grpc.PreprocessServiceStub(peer.channel)
+        return preprocessed(await peer.unary(stub.Preprocess, request))
+
+    async def preprocessors(self) -> tuple[Preprocessor, ...]:
+        """Tell the preprocessors that there are, with their parameters."""
+        peer = self._connect()[0]
+        stub = preprocess_service_pb2_grpc.PreprocessServiceStub(peer.channel)
+        request = preprocess_service_pb2.ListPreprocessorsRequest()
+        return preprocessors((await peer.unary(stub.ListPreprocessors, request)).preprocessors)
 
     async def models(self) -> Models:
         """List what the mesh can run."""

@@ -12,6 +12,7 @@ from imagemesh_client.fields import number as _number
 from imagemesh_client.fields import text as _text
 from imagemesh_client.fields import whole as _whole
 from imagemesh_client.images import ImageInput, image_to_proto
+from imagemesh_client.preprocessing import parameters_to_proto
 from imagemesh_client.types import Control, Hires
 from imagemesh_runtime.errors import InvalidArgument
 
@@ -231,4 +232,8 @@ def _control(field: str, control: Control) -> pb.GenerateControl:
         end=None if control.end == 1 else _number(f"{field}.end", control.end),
         guess_mode=bool(control.guess_mode),
         block_weights=[_number(f"{field}.block_weights[{i}]", one) for i, one in enumerate(control.block_weights)],
+        preprocessor=_text(f"{field}.preprocessor", control.preprocessor),
+        preprocessor_parameters=parameters_to_proto(f"{field}.parameters", control.parameters),
+        preprocessor_resolution=_whole(f"{field}.resolution", control.resolution, UINT32),
+        preprocessor_model=_text(f"{field}.preprocessor_model", control.preprocessor_model),
     )

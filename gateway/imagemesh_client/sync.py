@@ -1,15 +1,16 @@
 """The client for callers without an event loop: the async one, on a thread of its own."""
 
 import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, Unpack
 
 from imagemesh_client.aio import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient
 from imagemesh_client.answers import Outcome
 from imagemesh_client.images import ImageInput
 from imagemesh_client.loop_thread import LoopThread
+from imagemesh_client.preprocessing import Preprocessed, Preprocessor
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync_jobs import Jobs
 from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
@@ -107,6 +108,24 @@ class Client:
     ) -> Generator[Embeddings | MeshError, None, None]:
         """Embed a list of any length, one picture after another; see ``AsyncClient.classify_stream``."""
         return self._thread.iterate(self._async.embed_stream(images, pooling, normalize, **options))
+
+    def preprocess(
+        self,
+        image: ImageInput,
+        preprocessor: str,
+        *,
+        parameters: Mapping[str, bool | float | str] = MappingProxyType({}),
+        resolution: int = 0,
+        model: str = "",
+    ) -> Preprocessed:
+        """Make of a picture what a ControlNet is to follow; see ``AsyncClient.preprocess``."""
+        return self._thread.run(
+            self._async.preprocess(image, preprocessor, parameters=parameters, resolution=resolution, model=model)
+        )
+
+    def preprocessors(self) -> tuple[Preprocessor, ...]:
+        """Tell the preprocessors that there are, with their parameters."""
+        return self._thread.run(self._async.preprocessors())
 
     def models(self) -> Models:
         """List what the mesh can run."""

@@ -20,19 +20,32 @@ SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Control:
-    """A control unit: the picture that a ControlNet follows, as it expects it (edges, depth...)."""
+    """A control unit: the picture that a ControlNet follows.
+
+    Attributes:
+        image: as the ControlNet expects it (edges, depth...), or what a preprocessor is to make that of.
+        model: empty: the mesh's default ControlNet.
+        scale: its weight.
+        start, end: the part of the steps in which it steers, 0 to 1.
+        guess_mode: the picture counts more than the prompt.
+        block_weights: one for each of the ControlNet's residuals, the middle block's last; empty: all 1.
+        preprocessor: a name that ``preprocessors()`` tells; empty: none.
+        parameters: the preprocessor's.
+        resolution: pixels of the shorter side that it works at; 0: the generation's size.
+        preprocessor_model: where one is needed; empty: the first that there is.
+    """
 
     image: ImageInput
-    # Empty: the mesh's default ControlNet.
     model: str = ""
     scale: float = 1.0
-    # The part of the steps in which it steers, 0 to 1.
     start: float = 0.0
     end: float = 1.0
-    # The picture counts more than the prompt.
     guess_mode: bool = False
-    # A weight for each of the ControlNet's residuals, the middle block's last. Empty: all 1.
     block_weights: Sequence[float] = ()
+    preprocessor: str = ""
+    parameters: Mapping[str, bool | float | str] = field(default_factory=dict)
+    resolution: int = 0
+    preprocessor_model: str = ""
 
 
 @dataclass(frozen=True)

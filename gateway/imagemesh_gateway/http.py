@@ -12,16 +12,16 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client.exposition import choose_encoder
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh_gateway.accept import choose
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody
-from imagemesh_gateway.http_errors import RefusedRequest, add_error_handlers
+from imagemesh_gateway.http_errors import add_error_handlers
+from imagemesh_gateway.http_media import JSON, PNG, negotiated, require_json
+from imagemesh_gateway.http_preprocess import PATH, PREPROCESS_ALLOWED, add_preprocessors
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
+from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.readiness import Readiness
 from imagemesh_runtime.metrics import Metrics
-
-JSON, PNG = "application/json", "image/png"
 
 
 def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:
@@ -42,14 +42,15 @@ def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastA
 
     @app.post(
         "/v1/generate",
-        dependencies=[Depends(_require_json)],
+        dependencies=[Depends(require_json)],
         responses={200: {"content": {PNG: {}, JSON: {}}, "description": "The picture."}},
     )
-    async def generate_picture(body: GenerateBody, media: Annotated[str, Depends(_negotiated)]) -> Response:
+    async def generate_picture(body: GenerateBody, media: Annotated[str, Depends(negotiated)]) -> Response:
         """Make a picture: JSON with the picture in base64, or a PNG where the client likes that better."""
         return _answer(await _generate(mesh, metrics, body.to_proto()), media)
 
-    add_error_handlers(app, ALLOWED)
+    add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
+    add_error_handlers(app, ALLOWED, {PATH: PREPROCESS_ALLOWED})
     return app
 
 
@@ -64,21 +65,6 @@ def _add_probes(app: FastAPI, readiness: Readiness, ready: Callable[[], bool]) -
         serves = state.serves if ready() else []
         told = {"ready": bool(serves), "serves": serves, "draining": not ready(), "services": dict(state.services)}
         return JSONResponse(told, 200 if serves else 503)
-
-
-async def _require_json(request: Request) -> None:
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != JSON:
-        raise RefusedRequest(415, "body", kind or "no Content-Type", f"JSON, with Content-Type: {JSON}")
-
-
-async def _negotiated(request: Request) -> str:
-    """The media type to answer with; asked before the work is done."""
-    accept = ",".join(request.headers.getlist("accept"))
-    media = choose(accept, (JSON, PNG))
-    if media is None:
-        raise RefusedRequest(406, "Accept", accept, f"something that {JSON} or {PNG} satisfies")
-    return media
 
 
 async def _generate(mesh: Mesh, metrics: Metrics, asked: pb.GenerateRequest) -> pb.GenerateResult:

@@ -21,6 +21,7 @@ from imagemesh_runtime.limits import (
     MAX_SIDE,
     MAX_STEPS,
 )
+from imagemesh_runtime.preprocessing import MIN_RESOLUTION
 
 
 def _valid(text: str) -> str:
@@ -95,10 +96,16 @@ ALLOWED: Final = {
     "controls.end": "0 to 1",
     "controls.guess_mode": "true or false",
     "controls.block_weights": f"a list of at most {MAX_BLOCK_WEIGHTS} numbers, each {_WEIGHT}",
+    "controls.preprocessor": _TEXT,
+    "controls.preprocessor_parameters": "an object of numbers, strings, true and false by name",
+    "controls.preprocessor_resolution": f"0, or {MIN_RESOLUTION} to {MAX_SIDE}",
+    "controls.preprocessor_model": _TEXT,
 }
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body that has no fields but its own."""
+
     model_config = ConfigDict(extra="forbid")
 
     def fields(self) -> dict[str, Any]:
@@ -107,7 +114,7 @@ class _Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class HiresBody(_Strict):
+class HiresBody(Strict):
     """A second pass, larger: by ``scale``, or to ``width`` and ``height``."""
 
     scale: float | None = Field(None, gt=1, le=MAX_HIRES_SCALE, allow_inf_nan=False)
@@ -119,7 +126,7 @@ class HiresBody(_Strict):
     scheduler: Text = ""
 
 
-class ControlBody(_Strict):
+class ControlBody(Strict):
     """A ControlNet and the picture that it follows."""
 
     image: Picture
@@ -131,12 +138,18 @@ class ControlBody(_Strict):
     block_weights: list[Weight] = Field(
         default_factory=list, max_length=MAX_BLOCK_WEIGHTS, description="A weight for each of its residuals."
     )
+    preprocessor: Text = Field("", description="What makes of the picture what is followed; empty: it is that already.")
+    preprocessor_parameters: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
+    preprocessor_resolution: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels of the shorter side.")
+    preprocessor_model: Text = ""
 
     def to_proto(self) -> pb.GenerateControl:
-        return pb.GenerateControl(**self.fields() | {"image": image_pb2.Image(encoded=self.image)})
+        parameters = _json_values(self.preprocessor_parameters)
+        given = {"image": image_pb2.Image(encoded=self.image), "preprocessor_parameters": parameters}
+        return pb.GenerateControl(**self.fields() | given)
 
 
-class GenerateBody(_Strict):
+class GenerateBody(Strict):
     """What to generate; what is left out is the mesh's choice, and told in the answer."""
 
     prompt: Text

@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -40,8 +41,10 @@ def error_response(error: MeshError, headers: Mapping[str, str] | None = None) -
     return _response(status, error.code.name, str(error), field, {**timing, **(headers or {})})
 
 
-def add_error_handlers(app: FastAPI, allowed: Mapping[str, str]) -> None:
-    """Answer every failure in our shape; ``allowed`` says of each field of a body what it may be."""
+def add_error_handlers(
+    app: FastAPI, allowed: Mapping[str, str], by_path: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> None:
+    """Answer every failure in our shape; ``allowed`` and ``by_path`` say what fields of bodies may be."""
 
     async def on_mesh_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, MeshError)
@@ -49,7 +52,7 @@ def add_error_handlers(app: FastAPI, allowed: Mapping[str, str]) -> None:
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_what_is_wrong(error, allowed))
+        return error_response(_what_is_wrong(error, by_path.get(request.url.path, allowed)))
 
     app.add_exception_handler(MeshError, on_mesh_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)

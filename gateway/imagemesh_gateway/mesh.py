@@ -12,6 +12,7 @@ from imagemesh.v1 import (
     vit_service_pb2_grpc,
 )
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.preprocess import Preprocessors
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
@@ -45,6 +46,7 @@ class Mesh:
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
         self.pictures = vae_service_pb2_grpc.VaeServiceStub(self.vae.parcels)
         self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
+        self.preprocessors = Preprocessors(config, self.controlnet)
         self.catalogue = Catalogue(config)
 
     async def models(self) -> tuple[list[ModelInfo], list[str]]:

@@ -59,7 +59,8 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
 
 def _control(unit: ControlPlan) -> str:
     """As AUTOMATIC1111's ControlNet extension writes it, what is by default left out."""
-    told = [f"Model: {unit.model}, Weight: {unit.scale:g}"]
+    told = [f"Module: {unit.preprocess.preprocessor}"] if unit.preprocess else []
+    told.append(f"Model: {unit.model}, Weight: {unit.scale:g}")
     if (unit.start, unit.end) != (0, 1):
         told.append(f"Guidance Start: {unit.start:g}, Guidance End: {unit.end:g}")
     if unit.request.guess_mode:

@@ -76,11 +76,12 @@ async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger, turn: Turn | None
     return answer
 
 
-async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_service_pb2.ControlUnit]:
+async def _prepare_controls(mesh: Mesh, turn: Turn, ledger: Ledger) -> list[diffusion_service_pb2.ControlUnit]:
+    plan = turn.plan
     if not plan.controls:
         return []
-    with metrics.stage.time("control-pictures"):
-        pictures = [await asyncio.to_thread(control_picture, plan, i) for i in range(len(plan.controls))]
+    with ledger.metrics.stage.time("control-pictures"):
+        pictures = [await _control_picture(mesh, turn, i, ledger) for i in range(len(plan.controls))]
     return [
         diffusion_service_pb2.ControlUnit(
             model=unit.model,
@@ -93,6 +94,17 @@ async def _prepare_controls(plan: Plan, metrics: Metrics) -> list[diffusion_serv
         )
         for unit, picture in zip(plan.controls, pictures, strict=True)
     ]
+
+
+async def _control_picture(mesh: Mesh, turn: Turn, i: int, ledger: Ledger) -> Array:
+    """What the unit follows, at the size of the pass."""
+    picture = await asyncio.to_thread(control_picture, turn.plan, i)
+    wanted = turn.plan.controls[i].preprocess
+    if wanted is None:
+        return picture
+    stage = f"preprocess[{i}]{turn.suffix}"
+    hint, ledger.backends[stage] = await mesh.preprocessors.hint(wanted, picture, ledger.hop(stage))
+    return hint
 
 
 def _sample_request(
@@ -125,7 +137,7 @@ async def _denoise(
     mesh: Mesh, turn: Turn, conditioning: Tensors, start: Start, ledger: Ledger
 ) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
     plan = turn.plan
-    controls = await _prepare_controls(plan, ledger.metrics)
+    controls = await _prepare_controls(mesh, turn, ledger)
     request = _sample_request(plan, conditioning, start, controls)
     previews = await Previews.of(mesh, plan.model) if plan.preview_every else None
     with ledger.metrics.stage.time("diffusion"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import priority_pb2
+from imagemesh.v1 import preprocess_service_pb2, priority_pb2
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
 from imagemesh_runtime.errors import InvalidArgument
@@ -40,6 +40,8 @@ class ControlPlan:
     # The part of the evaluations.
     start: float = 0.0
     end: float = 1.0
+    # What makes of the picture what is followed, without the picture; None: it is that already.
+    preprocess: preprocess_service_pb2.PreprocessRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -193,5 +195,6 @@ async def _controls(request: pb.GenerateRequest, mesh: Mesh) -> tuple[ControlPla
         check_interval(f"controls[{i}]", start, end)
         check_block_weights(f"controls[{i}].block_weights", unit.block_weights)
         model = await mesh.catalogue.find(mesh.controlnet, unit.model)
-        plans.append(ControlPlan(model.name, unit, scale, start, end))
+        preprocess = await mesh.preprocessors.wanted(unit, f"controls[{i}]")
+        plans.append(ControlPlan(model.name, unit, scale, start, end, preprocess))
     return tuple(plans)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
-from imagemesh.v1 import job_service_pb2_grpc
+from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.jobs.servicer import JobServicer
 from imagemesh_gateway.mesh import Mesh
+from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.server import MeshServer
@@ -27,6 +28,11 @@ class GatewayServer(MeshServer):
         self._mesh = mesh
         self.add(
             rpc.add_GatewayServiceServicer_to_server, GatewayServicer(mesh, metrics), "imagemesh.v1.GatewayService"
+        )
+        self.add(
+            preprocess_service_pb2_grpc.add_PreprocessServiceServicer_to_server,
+            PreprocessServicer(mesh.preprocessors, metrics),
+            "imagemesh.v1.PreprocessService",
         )
         self._jobs = Jobs(config, mesh, metrics)
         self.add(

@@ -63,7 +63,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "transport"}
+    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "preprocess", "transport"}
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 
 
@@ -115,7 +115,8 @@ PUBLIC = [
     "AsyncClient", "Choice", "Classification", "Client", "Control", "DeadlineExceeded", "EmbedOptions",
     "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
-    "MeshError", "Model", "Models", "Parameters", "Prediction", "Progress", "Queued", "RemoteError", "Result",
+    "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
+    "PreprocessorParameter", "Progress", "Queued", "RemoteError", "Result",
     "Sampling", "Timing", "Unavailable",
 ]  # fmt: skip
 
@@ -128,7 +129,8 @@ def test_the_clients_public_names_are_these():
 def test_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Client, AsyncClient))
     vision = {"classify", "classify_stream", "embed", "embed_stream"}
-    assert sync == aio == vision | {"close", "generate", "models", "sampling", "stream"}
+    control = {"preprocess", "preprocessors"}
+    assert sync == aio == vision | control | {"close", "generate", "models", "sampling", "stream"}
 
 
 def test_the_jobs_of_both_clients_have_the_same_methods():

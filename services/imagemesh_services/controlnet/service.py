@@ -1,12 +1,15 @@
 """Puts the room together: config -> backend -> server."""
 
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
+from imagemesh.v1 import preprocess_service_pb2_grpc as preprocess_rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.controlnet.backend import BACKENDS, ControlModel
 from imagemesh_services.controlnet.config import ControlNetConfig
+from imagemesh_services.controlnet.preprocessors import backend as preprocessors
+from imagemesh_services.controlnet.preprocessors.servicer import PreprocessServicer
 from imagemesh_services.controlnet.servicer import ControlNetServicer
 
 
@@ -17,4 +20,16 @@ def create(config: ControlNetConfig, lane: Lane) -> ModelServer[ControlModel]:
     server = ModelServer(config, metrics, models)
     servicer = ControlNetServicer(config, models, metrics)
     server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService", parcels=True)
+    _add_preprocessors(server, config, lane, metrics)
     return server
+
+
+def _add_preprocessors(
+    server: ModelServer[ControlModel], config: ControlNetConfig, lane: Lane, metrics: Metrics
+) -> None:
+    backend = choose_backend(preprocessors.BACKENDS, config.backend)(config)
+    models: LoadedModels[preprocessors.Annotator] = LoadedModels(backend, lane, metrics)
+    servicer = PreprocessServicer(config, models, metrics)
+    name = "imagemesh.v1.PreprocessService"
+    server.add(preprocess_rpc.add_PreprocessServiceServicer_to_server, servicer, name)
+    server.on_stop(servicer.close)

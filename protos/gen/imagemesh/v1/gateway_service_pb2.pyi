@@ -293,6 +293,26 @@ Global___GenerateHires: _TypeAlias = GenerateHires  # noqa: Y015
 class GenerateControl(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PreprocessorParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
@@ -300,6 +320,10 @@ class GenerateControl(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     GUESS_MODE_FIELD_NUMBER: _builtins.int
     BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
+    PREPROCESSOR_FIELD_NUMBER: _builtins.int
+    PREPROCESSOR_PARAMETERS_FIELD_NUMBER: _builtins.int
+    PREPROCESSOR_RESOLUTION_FIELD_NUMBER: _builtins.int
+    PREPROCESSOR_MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the mesh's default ControlNet."""
     scale: _builtins.float
@@ -309,11 +333,21 @@ class GenerateControl(_message.Message):
     end: _builtins.float
     guess_mode: _builtins.bool
     """The picture counts more than the prompt."""
+    preprocessor: _builtins.str
+    """What makes of the picture what the ControlNet follows, by a name that PreprocessService.ListPreprocessors tells; it
+    sees the picture at the generation's size. Empty: the picture is that already.
+    """
+    preprocessor_resolution: _builtins.int
+    preprocessor_model: _builtins.str
     @_builtins.property
     def image(self) -> _image_pb2.Image: ...
     @_builtins.property
     def block_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Weights of the ControlNet's single residuals, 0 to 10: one each, from the first block to the middle one. Empty: all 1."""
+
+    @_builtins.property
+    def preprocessor_parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What follows is as in PreprocessRequest."""
 
     def __init__(
         self,
@@ -325,10 +359,14 @@ class GenerateControl(_message.Message):
         end: _builtins.float | None = ...,
         guess_mode: _builtins.bool = ...,
         block_weights: _abc.Iterable[_builtins.float] | None = ...,
+        preprocessor: _builtins.str = ...,
+        preprocessor_parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        preprocessor_resolution: _builtins.int = ...,
+        preprocessor_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "block_weights", b"block_weights", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "block_weights", b"block_weights", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "preprocessor", b"preprocessor", "preprocessor_model", b"preprocessor_model", "preprocessor_parameters", b"preprocessor_parameters", "preprocessor_resolution", b"preprocessor_resolution", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015

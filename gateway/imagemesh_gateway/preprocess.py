@@ -1,0 +1,106 @@
+"""Preprocessors as the gateway sees them: what the ControlNet service has, and calls handed on to it."""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from imagemesh.v1 import gateway_service_pb2, image_pb2
+from imagemesh.v1 import preprocess_service_pb2 as pb
+from imagemesh.v1 import preprocess_service_pb2_grpc as rpc
+from imagemesh_gateway.config import GatewayConfig
+from imagemesh_runtime import preprocessing
+from imagemesh_runtime.client import Hop, Peer
+from imagemesh_runtime.errors import NotFound
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.tensors import Array, from_proto, to_proto
+
+
+class Preprocessors:
+    """Remembers for a while which preprocessors the service has, and calls them."""
+
+    def __init__(self, config: GatewayConfig, peer: Peer) -> None:
+        self._timeout = config.catalogue_timeout_seconds
+        self._ttl = config.catalogue_ttl_seconds
+        self._peer = peer
+        self._stub = rpc.PreprocessServiceStub(peer.channel)
+        self._known: tuple[float, list[pb.PreprocessorInfo]] = (0.0, [])
+
+    async def infos(self) -> list[pb.PreprocessorInfo]:
+        """What the service says now.
+
+        Raises:
+            MeshError: it can't be reached, or does not answer in time.
+        """
+        asked = pb.ListPreprocessorsRequest()
+        answer = await self._peer.unary(self._stub.ListPreprocessors, asked, timeout_seconds=self._timeout)
+        self._known = (time.monotonic(), list(answer.preprocessors))
+        return self._known[1]
+
+    async def wanted(self, unit: gateway_service_pb2.GenerateControl, field: str) -> pb.PreprocessRequest | None:
+        """What a control unit asks for, its picture still to come; None: nothing.
+
+        Raises:
+            NotFound: there is no such preprocessor, or no model for it.
+            InvalidArgument: a parameter isn't allowed.
+        """
+        if not unit.preprocessor:
+            return None
+        preprocessing.check_resolution(f"{field}.preprocessor_resolution", unit.preprocessor_resolution)
+        fetched, infos = self._known
+        if time.monotonic() - fetched <= self._ttl:
+            try:
+                return _checked(unit, field, infos)
+            except NotFound:  # it may have come since
+                pass
+        return _checked(unit, field, await self.infos())
+
+    async def run(self, request: pb.PreprocessRequest, hop: Hop | None = None) -> pb.PreprocessResponse:
+        """The service's answer."""
+        answer: pb.PreprocessResponse = await self._peer.unary(self._stub.Preprocess, request, hop)
+        return answer
+
+    async def hint(self, wanted: pb.PreprocessRequest, picture: Array, hop: Hop) -> tuple[Array, str]:
+        """What a ControlNet is to follow, uint8 [h, w, 3] of the picture's size, and what made it."""
+        request = pb.PreprocessRequest()
+        request.CopyFrom(wanted)
+        request.image.CopyFrom(image_pb2.Image(pixels=to_proto(picture)))
+        answer = await self.run(request, hop)
+        drawn = from_proto(answer.image, "image", dtypes=["uint8"], shape=(None, None, 3))
+        if drawn.shape != picture.shape:
+            size = (picture.shape[1], picture.shape[0])
+            resized = await asyncio.to_thread(Image.fromarray(drawn).resize, size, Image.Resampling.LANCZOS)
+            drawn = np.asarray(resized)
+        return drawn, answer.backend
+
+
+def _checked(
+    unit: gateway_service_pb2.GenerateControl, field: str, infos: list[pb.PreprocessorInfo]
+) -> pb.PreprocessRequest:
+    info = preprocessing.find_preprocessor(infos, unit.preprocessor)
+    preprocessing.check_parameters(info, unit.preprocessor_parameters, f"{field}.preprocessor_parameters")
+    return pb.PreprocessRequest(
+        preprocessor=info.name,
+        parameters=unit.preprocessor_parameters,
+        resolution=unit.preprocessor_resolution,
+        model=preprocessing.find_model(info, unit.preprocessor_model, f"{field}.preprocessor_model"),
+    )
+
+
+class PreprocessServicer(rpc.PreprocessServiceServicer):
+    """The ControlNet service's own, at the front door."""
+
+    def __init__(self, preprocessors: Preprocessors, metrics: Metrics) -> None:
+        self._preprocessors = preprocessors
+        self._metrics = metrics
+
+    async def ListPreprocessors(
+        self, request: pb.ListPreprocessorsRequest, context: Any
+    ) -> pb.ListPreprocessorsResponse:
+        return pb.ListPreprocessorsResponse(preprocessors=await self._preprocessors.infos())
+
+    async def Preprocess(self, request: pb.PreprocessRequest, context: Any) -> pb.PreprocessResponse:
+        with self._metrics.stage.time("preprocess"):
+            return await self._preprocessors.run(request)

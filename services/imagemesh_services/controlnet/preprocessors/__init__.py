@@ -1,0 +1,1 @@
+"""Makes of pictures what ControlNets follow: edges, depth, poses."""
