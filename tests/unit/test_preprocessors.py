@@ -10,6 +10,7 @@ from imagemesh_runtime.preprocessing import check_parameters, folded
 from imagemesh_services.controlnet.preprocessors import edges, pictures, seen, skeleton
 from imagemesh_services.controlnet.preprocessors.palette import PALETTE
 from imagemesh_services.controlnet.preprocessors.table import PREPROCESSORS
+from tests.support.sizes import ROOT
 
 FREE = sorted(name for name, one in PREPROCESSORS.items() if one.task is None)
 
@@ -244,3 +245,12 @@ def test_defaults_are_within_their_bounds_and_bounds_work(name, parameter):
         for bound in (parameter.minimum, parameter.maximum):
             result = drawn(name, picture(), **{parameter.name: type(parameter.default)(bound)})
             assert result.shape == picture().shape
+
+
+def test_every_preprocessor_and_parameter_is_documented():
+    page = (ROOT / "docs" / "control.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")}
+    assert {f"`{name}`" for name in PREPROCESSORS} <= set(rows)
+    for name, one in PREPROCESSORS.items():
+        for parameter in one.parameters:
+            assert f"`{parameter.name}` (" in rows[f"`{name}`"], (name, parameter.name)
