@@ -144,8 +144,8 @@ def test_what_cannot_be_is_told_before_any_work(client, picture, control, code, 
 
 def test_a_job_preprocesses_as_a_call_does(client, picture):
     control = Control(picture, preprocessor="canny")
-    job = client.jobs.wait(client.jobs.create(**PROMPT, controls=[control]).id)
-    made = np.asarray(job.generation.images[0].to_pil())
+    generation = client.jobs.wait(client.jobs.create(**PROMPT, controls=[control]).id)
+    made = np.asarray(generation.images[0].to_pil())
     np.testing.assert_array_equal(made, drawn(client, control))
 
 
