@@ -18,6 +18,7 @@ from PIL import Image
 from imagemesh.v1 import image_pb2
 from imagemesh.v1 import preprocess_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2_grpc as rpc
+from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors import seen
@@ -291,3 +292,12 @@ def test_nobody_found_is_nobody_drawn(annotators, tmp_path):
     tiny_annotators.build_detector(tmp_path / "tiny-detector", certain=-20.0)
     people = TorchAnnotators(ControlNetConfig(models=str(tmp_path), device="cpu", threads=2)).load("tiny-vitpose")
     assert people.look(IMAGE).shape == (0, 17, 3)
+
+
+def test_points_of_whole_bodies_begin_with_cocos_and_fewer_are_refused(tmp_path):
+    tiny_annotators.build_vitpose(tmp_path / "few", 14)
+    tiny_annotators.build_vitpose(tmp_path / "whole", 21)
+    backend = TorchAnnotators(ControlNetConfig(models=str(tmp_path), device="cpu", threads=2))
+    assert backend.load("whole").look(IMAGE).shape == (1, 17, 3)
+    with pytest.raises(FailedPrecondition, match="few tells 14 points of a body, and COCO's are 17"):
+        backend.load("few")

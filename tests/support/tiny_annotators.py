@@ -81,12 +81,12 @@ def build_segformer(path: Path) -> None:
     _save(path, lambda: SegformerForSemanticSegmentation(config), _squares("SegformerImageProcessor"))
 
 
-def build_vitpose(path: Path) -> None:
-    """ViTPose for COCO's 17 points."""
+def build_vitpose(path: Path, points: int = 17) -> None:
+    """ViTPose for COCO's 17 points, or another number."""
     backbone = VitPoseBackboneConfig(
         **_VIT, image_size=[64, 48], patch_size=[16, 16], out_indices=[4], num_experts=1, part_features=0
     )
-    config = VitPoseConfig(backbone_config=backbone, num_labels=17, scale_factor=4, use_simple_decoder=True)
+    config = VitPoseConfig(backbone_config=backbone, num_labels=points, scale_factor=4, use_simple_decoder=True)
     processor = _processor("VitPoseImageProcessor", {"height": 64, "width": 48})
     _save(path, lambda: VitPoseForPoseEstimation(config), processor)
 

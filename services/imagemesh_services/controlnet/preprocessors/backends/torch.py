@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from imagemesh_runtime.errors import NotFinite
+from imagemesh_runtime.errors import FailedPrecondition, NotFinite
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.config import ControlNetConfig
@@ -26,6 +26,7 @@ from imagemesh_services.torch_support import load_module, pick_device, pick_dtyp
 # Where a model says nothing of it: these tell metres, others nearness.
 _METRIC: Final = frozenset({"depth_pro", "glpn", "zoedepth"})
 _MAX_PEOPLE: Final = 32
+_POINTS: Final = 17
 _CERTAIN: Final = 0.5  # of a person that the detector found
 # Of a picture at which classes are told apart: with 150 of them their scores are 600 MB in float32.
 _CLASS_PIXELS: Final = 1 << 20
@@ -91,21 +92,28 @@ class ClassAnnotator(_Seeing):
 
 
 class PeopleAnnotator:
-    """VitPose, shown each person that a detector finds; without a detector, the picture as the one person."""
+    """VitPose, shown each person that a detector finds; without a detector, the picture as the one person.
+
+    Raises:
+        FailedPrecondition: the model knows fewer points than COCO's; those of whole bodies begin with them.
+    """
 
     def __init__(self, pose: _Seeing, detector: _Seeing | None) -> None:
+        if pose.model.config.num_labels < _POINTS:
+            told = f"{pose.name} tells {pose.model.config.num_labels} points of a body, and COCO's are {_POINTS}"
+            raise FailedPrecondition(told)
         self._pose, self._detector = pose, detector
 
     @torch.inference_mode()
     def look(self, image: Array) -> Array:
         boxes = self._boxes(image)
         if not boxes:
-            return np.zeros((0, 17, 3), np.float32)
+            return np.zeros((0, _POINTS, 3), np.float32)
         outputs = self._run(image, boxes)
         outputs.heatmaps = outputs.heatmaps.float().cpu()
         people = self._pose.processor.post_process_pose_estimation(outputs, boxes=[boxes])[0]
         rows = [torch.cat((one["keypoints"], one["scores"].reshape(-1, 1)), dim=1) for one in people]
-        return self._pose.finite(to_numpy(torch.stack(rows).float()), "points of a body")
+        return self._pose.finite(to_numpy(torch.stack(rows)[:, :_POINTS].float()), "points of a body")
 
     def _run(self, image: Array, boxes: list[list[float]]) -> Any:
         experts = getattr(self._pose.model.config.backbone_config, "num_experts", 1)
