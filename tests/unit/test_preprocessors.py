@@ -249,7 +249,7 @@ def test_defaults_are_within_their_bounds_and_bounds_work(name, parameter):
 
 def test_every_preprocessor_and_parameter_is_documented():
     page = (ROOT / "docs" / "control.md").read_text()
-    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")}
+    rows = {line.split("|")[1].strip(): line for line in reversed(page.splitlines()) if line.startswith("| `")}
     assert {f"`{name}`" for name in PREPROCESSORS} <= set(rows)
     for name, one in PREPROCESSORS.items():
         for parameter in one.parameters:
