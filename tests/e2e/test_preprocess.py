@@ -271,7 +271,7 @@ def test_the_command_generates_with_a_preprocessor(mesh, client, file, picture, 
     wanted = drawn(client, Control(picture, preprocessor="canny", parameters=CANNY))
     np.testing.assert_array_equal(np.asarray(Image.open(out)), wanted)
     assert command(mesh, *arguments, *["--control-preprocessor", "canny"] * 2) == 2
-    assert "--control-preprocessor must be given once for each --control (1)" in capsys.readouterr().err
+    assert "--control-preprocessor must be given at most once for each --control (1)" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong(mesh, file, capsys):
