@@ -227,7 +227,7 @@ def _preprocess(parser: ArgumentParser) -> None:
         help="of the preprocessor, such as low_threshold=50; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--resolution", type=whole(1), default=0, metavar="PIXELS", help="shorter side to work at (default: as it is)"
+        "--resolution", type=whole(1), metavar="PIXELS", help="shorter side to work at (default: as it is)"
     )
     parser.add_argument("--model", default="", metavar="NAME", help="where one is needed (default: the first)")
     _client(parser)

@@ -167,7 +167,7 @@ class AsyncClient:
         preprocessor: str,
         *,
         parameters: Mapping[str, bool | float | str] = MappingProxyType({}),
-        resolution: int = 0,
+        resolution: int | None = None,
         model: str = "",
     ) -> Preprocessed:
         """Make of a picture what a ControlNet is to follow.
@@ -175,7 +175,7 @@ class AsyncClient:
         Args:
             preprocessor: a name that ``preprocessors()`` tells, or an alias.
             parameters: the preprocessor's; what is left out has its default.
-            resolution: pixels of the shorter side that the picture is brought to first; 0: it keeps its size.
+            resolution: pixels of the shorter side that the picture is brought to first; None: it keeps its size.
             model: where one is needed; empty: the first that there is.
         """
         request = await asyncio.to_thread(preprocess_request, image, preprocessor, parameters, resolution, model)

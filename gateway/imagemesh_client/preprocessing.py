@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from imagemesh.v1 import preprocess_service_pb2 as pb
-from imagemesh_client.fields import UINT32, text, whole
+from imagemesh_client.fields import text, whole_or_absent
 from imagemesh_client.images import ImageInput, image_to_proto
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.tensors import Array, from_proto
@@ -109,14 +109,14 @@ def parameters_to_proto(name: str, parameters: Mapping[str, Value]) -> dict[str,
 
 
 def preprocess_request(
-    image: ImageInput, preprocessor: str, parameters: Mapping[str, Value], resolution: int, model: str
+    image: ImageInput, preprocessor: str, parameters: Mapping[str, Value], resolution: int | None, model: str
 ) -> pb.PreprocessRequest:
     """The request for ``preprocess``; reads files."""
     return pb.PreprocessRequest(
         preprocessor=text("preprocessor", preprocessor),
         image=image_to_proto(image, "image"),
         parameters=parameters_to_proto("parameters", parameters),
-        resolution=whole("resolution", resolution, UINT32),
+        resolution=whole_or_absent("resolution", resolution),
         model=text("model", model),
     )
 

@@ -234,6 +234,6 @@ def _control(field: str, control: Control) -> pb.GenerateControl:
         block_weights=[_number(f"{field}.block_weights[{i}]", one) for i, one in enumerate(control.block_weights)],
         preprocessor=_text(f"{field}.preprocessor", control.preprocessor),
         preprocessor_parameters=parameters_to_proto(f"{field}.parameters", control.parameters),
-        preprocessor_resolution=_whole(f"{field}.resolution", control.resolution, UINT32),
+        preprocessor_resolution=whole_or_absent(f"{field}.resolution", control.resolution),
         preprocessor_model=_text(f"{field}.preprocessor_model", control.preprocessor_model),
     )

@@ -115,7 +115,7 @@ class Client:
         preprocessor: str,
         *,
         parameters: Mapping[str, bool | float | str] = MappingProxyType({}),
-        resolution: int = 0,
+        resolution: int | None = None,
         model: str = "",
     ) -> Preprocessed:
         """Make of a picture what a ControlNet is to follow; see ``AsyncClient.preprocess``."""

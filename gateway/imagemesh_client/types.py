@@ -31,7 +31,7 @@ class Control:
         block_weights: one for each of the ControlNet's residuals, the middle block's last; empty: all 1.
         preprocessor: a name that ``preprocessors()`` tells; empty: none.
         parameters: the preprocessor's.
-        resolution: pixels of the shorter side that it works at; 0: the generation's size.
+        resolution: pixels of the shorter side that it works at; None: the generation's size.
         preprocessor_model: where one is needed; empty: the first that there is.
     """
 
@@ -44,7 +44,7 @@ class Control:
     block_weights: Sequence[float] = ()
     preprocessor: str = ""
     parameters: Mapping[str, bool | float | str] = field(default_factory=dict)
-    resolution: int = 0
+    resolution: int | None = None
     preprocessor_model: str = ""
 
 
