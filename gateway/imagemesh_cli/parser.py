@@ -15,6 +15,7 @@ from imagemesh_cli.option_types import (
     folder_to_make,
     folders,
     number,
+    option,
     picture_to_write,
     port,
     positive,
