@@ -221,7 +221,7 @@ def _embed(parser: ArgumentParser) -> None:
 
 def _preprocess(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of a preprocessor; see imagemesh preprocessors")
-    parser.add_argument("file", type=file, metavar="FILE")
+    parser.add_argument("file", type=file, metavar="FILE", help="a picture: PNG, JPEG or WebP")
     _output(parser, required=True)
     parser.add_argument(
         "--parameter", type=option, action="append", default=[], metavar="NAME=VALUE",
