@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 
 _FAULTS_SHOWN: Final = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# diffusers patches torch's modules while it builds one without memory for its weights. Two loads on two lanes that overlap
+# would leave a patch behind, and no module of the process would ever get memory again.
+_LOADING = threading.Lock()
 
 
 def pick_device(choice: str) -> torch.device:
@@ -81,14 +86,15 @@ def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, 
     """
     shown = f"{path.parent.name}/{path.name}"
     try:
-        module, report = cls.from_pretrained(
-            path,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in words of ours
-            **kwargs,
-        )
+        with _LOADING:
+            module, report = cls.from_pretrained(
+                path,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in words of ours
+                **kwargs,
+            )
     except OSError as error:
         log.warning("%s: %s", shown, error)
         raise FailedPrecondition(f"{shown} has no weights in safetensors files that can be read") from error

@@ -81,7 +81,7 @@ async def test_a_row_that_the_forward_cannot_bear_fails_alone(
 
     def raising(sample: Any, timestep: Any, prompts: Any, *more: Any) -> Any:
         sizes.append(len(sample))
-        if prompts.abs().max() > 100:
+        if prompts[0].abs().max() > 100:
             raise Unwell
         return forward(sample, timestep, prompts, *more)
 

@@ -236,7 +236,7 @@ async def test_a_step_that_cannot_be_is_refused_by_the_fields_name(
 
 
 @pytest.mark.parametrize("service", ["torch"], indirect=True)
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 3, 8, 8), (2, 4, 8, 16)])
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (2, 3, 8, 8), (2, 4, 8, 16)])
 async def test_rows_that_do_not_fit_the_start_are_refused(service: Service, shape: tuple[int, ...]):
     error = await service.refusal([service.start(), step(np.zeros(shape, np.float32))])
     assert field_of(error) == "step.sample.shape"

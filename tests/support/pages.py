@@ -35,6 +35,13 @@ class BrokenPage(Exception):
     """A reader who does what the page says gets an error."""
 
 
+def _on_a_free_port(word: re.Match[str]) -> str:
+    """What a server listens on becomes any port that is free; where it finds another stays."""
+    if word[0].startswith("IMAGEMESH_") and "LISTEN=" not in word[0]:
+        return word[0]
+    return re.sub(r"\b(500\d\d|7860)\b", "0", word[0])
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block, and the line that its text begins in."""
@@ -138,7 +145,7 @@ class PageRunner:
                 self._shell("\n".join(targets[target]).replace("$(BIN)", str(BIN)))
 
     def _server(self, command: str) -> None:
-        on_free_ports = re.sub(r"\b(500\d\d|7860)\b", "0", command.partition("#")[0]).rstrip(" &")
+        on_free_ports = re.sub(r"\S+", _on_a_free_port, command.partition("#")[0]).rstrip(" &")
         shell = ["bash", "-c", f"exec env {on_free_ports}"]
         with subprocess.Popen(
             shell, cwd=self.folder, env=self._env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
