@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 _FAULTS_SHOWN: Final = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# diffusers patches torch's modules while it builds one without memory for its weights. Two loads on two lanes that overlap
-# would leave a patch behind, and no module of the process would ever get memory again.
+# diffusers patches torch's modules while it builds one without memory for its weights. Two loads on two lanes that
+# overlap would leave a patch behind, and no module of the process would ever get memory again.
 _LOADING = threading.Lock()
 
 
