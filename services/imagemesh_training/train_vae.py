@@ -103,11 +103,12 @@ def load(folder: Path | None) -> AutoencoderKL:
     return vae.float().to(memory_format=torch.channels_last)
 
 
-def export(run: Run, sprites: data.Sprites, folder: Path) -> None:
-    """Write the averaged weights with their measured scaling factor, and print the figures."""
+def export(run: Run, sprites: data.Sprites, folder: Path, *, rescale: bool) -> None:
+    """Write the averaged weights, with a newly measured scaling factor where `rescale`, and print the figures."""
     vae = run.ema.module
     assert isinstance(vae, AutoencoderKL)
-    vae.register_to_config(scaling_factor=round(measure_scale(vae, sprites), 4))
+    if rescale:
+        vae.register_to_config(scaling_factor=round(measure_scale(vae, sprites), 4))
     vae.save_pretrained(folder)
     figures = {colour: round(psnr(vae, sprites, colour), 2) for colour in ("white", "blue", "black", "yellow")}
     print(f"step {run.step}: scaling factor {vae.config.scaling_factor}, PSNR in dB {figures}", flush=True)
@@ -126,6 +127,7 @@ def train(args: argparse.Namespace) -> None:
     run = Run(vae, optimizer, Ema(vae, 0.999), np.random.default_rng(args.seed), args.work / f"{args.name}.pt")
     run.resume()
     progress = Progress(args.steps)
+    rescale = not args.decoder_only  # an encoder that stays keeps its scale: the UNet was trained on such latents
     while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr)
         loss, figures = loss_of(vae, batch_of(run.rng, sprites, args.batch), args.kl, args.decoder_only)
@@ -133,9 +135,9 @@ def train(args: argparse.Namespace) -> None:
         progress.add(run.step, loss=loss.item(), **figures)
         run.save_if_due(args.save_minutes)
         if run.step % args.export_every == 0:
-            export(run, sprites, args.work / args.name)
+            export(run, sprites, args.work / args.name, rescale=rescale)
     run.save()
-    export(run, sprites, args.work / args.name)
+    export(run, sprites, args.work / args.name, rescale=rescale)
 
 
 def main(argv: list[str] | None = None) -> None:
