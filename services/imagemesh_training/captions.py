@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from imagemesh_training.data import COLOURS, Scene, things
+from imagemesh_training.data import COLOURS, Scene, things, words_only
 
 PLURAL = {"cherries", "french fries", "fries", "grapes", "pancakes", "glasses", "scissors", "jeans"}
 UNCOUNTED = {"bread", "broccoli", "cheese", "fire", "popcorn", "sushi", "pizza"}
@@ -81,7 +81,7 @@ def _with_background(subject: str, colour: str, rng: np.random.Generator) -> str
 
 def vocabulary() -> list[str]:
     """Every word a caption can hold, for the tokenizer."""
-    texts = [word for thing in things() for word in thing.words]
+    texts = [word for thing in (*things(), *words_only()) for word in thing.words]
     texts += [w for group in (SIZE_WORDS, PLACE_WORDS) for phrases in group.values() for w in phrases]
     texts += [*PREFIXES, *BACKGROUNDS, *COLOURS, "grey", "some", "a", "an", "and", "the", "with", "of"]
     words = {part for text in texts for part in text.replace("-", " - ").replace("{}", "").replace(",", " ").split()}

@@ -8,6 +8,7 @@ in, so a run can be repeated.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -67,19 +68,35 @@ def plain(name: str) -> str:
     return name.strip(":").replace("_", " ").replace("-", " ").lower()
 
 
+WORDS_ONLY = "[words only]"  # the section of things.txt that is in the vocabulary and not drawn
+
+
 @cache
 def things() -> tuple[Thing, ...]:
     """The curated things in file order, which is also the order of the ViT's labels."""
+    return tuple(_read(_lists()[0]))
+
+
+@cache
+def words_only() -> tuple[Thing, ...]:
+    """What the text encoder was taught to read and the models no longer draw: its words keep their tokens."""
+    return tuple(_read(_lists()[1]))
+
+
+def _lists() -> tuple[str, str]:
+    drawn, _, words = (resources.files(__package__) / "things.txt").read_text().partition(f"\n{WORDS_ONLY}\n")
+    return drawn, words
+
+
+def _read(text: str) -> Iterator[Thing]:
     whole = emoji.STATUS["fully_qualified"]
     characters = {plain(entry["en"]): c for c, entry in emoji.EMOJI_DATA.items() if entry["status"] <= whole}
-    found = []
-    for line in (resources.files(__package__) / "things.txt").read_text().splitlines():
+    for line in text.splitlines():
         if not line.strip() or line[0] in "#[":
             continue
         name, source, *more = (part.strip() for part in line.split("|"))
         words = tuple(word.strip() for word in more[0].split(",")) if more else ()
-        found.append(Thing(name, (name, *words), characters[source]))
-    return tuple(found)
+        yield Thing(name, (name, *words), characters[source])
 
 
 def held_out(thing: str, colour: str) -> bool:
@@ -161,6 +178,9 @@ def random_scene(rng: np.random.Generator, *, held: bool = False) -> Scene:
         colour = str(rng.choice(list(COLOURS)))
         if held_out(things()[thing].name, colour) == held:
             break
-    size = str(rng.choice(SIZES, p=(0.6, 0.2, 0.2)))
-    place = str(rng.choice(PLACES, p=(0.6, 0.1, 0.1, 0.1, 0.1)))
-    return Scene(thing, colour, size, place)
+    return Scene(thing, colour, *random_layout(rng))
+
+
+def random_layout(rng: np.random.Generator) -> tuple[str, str]:
+    """A size and a place, mostly normal and in the middle."""
+    return str(rng.choice(SIZES, p=(0.6, 0.2, 0.2))), str(rng.choice(PLACES, p=(0.6, 0.1, 0.1, 0.1, 0.1)))

@@ -34,6 +34,21 @@ def new_vit() -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
+def known(folder: Path) -> ViTForImageClassification:
+    """The ViT in this folder; where it names other things than are drawn now, with a head for those, by their names."""
+    vit = ViTForImageClassification.from_pretrained(folder).float()
+    fresh = new_vit()
+    if vit.config.id2label == fresh.config.id2label:
+        return vit
+    fresh.vit.load_state_dict(vit.vit.state_dict())
+    old, new = vit.config.label2id, fresh.config.label2id
+    here, there = zip(*((new[name], old[name]) for name in new if name in old), strict=True)
+    with torch.no_grad():
+        fresh.classifier.weight[list(here)] = vit.classifier.weight[list(there)]
+        fresh.classifier.bias[list(here)] = vit.classifier.bias[list(there)]
+    return fresh
+
+
 def processor() -> ViTImageProcessor:
     """What turns any picture into the input of the ViT."""
     size = {"height": data.PICTURE, "width": data.PICTURE}
@@ -72,7 +87,7 @@ def train(args: argparse.Namespace) -> None:
     """Run the training from wherever its checkpoint left it."""
     torch.manual_seed(args.seed)
     sprites = data.load_sprites(args.work / "cache")
-    vit = ViTForImageClassification.from_pretrained(args.init).float() if args.init else new_vit()
+    vit = known(args.init) if args.init else new_vit()
     optimizer = torch.optim.AdamW(vit.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.02)
     run = Run(vit, optimizer, Ema(vit, 0.998), np.random.default_rng(args.seed), args.work / "vit.pt")
     run.resume()

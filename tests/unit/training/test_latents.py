@@ -8,11 +8,13 @@ from diffusers import AutoencoderKL
 
 from imagemesh_training import data, latents
 
+NO_SPRITES = np.zeros((len(data.things()), 8, 8, 4), np.float32)
+
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory, quick_vae: AutoencoderKL) -> tuple[Path, latents.LatentSet]:
     path = tmp_path_factory.mktemp("cache") / "latents.npz"
-    return path, latents.load_or_make(path, quick_vae, np.zeros((175, 8, 8, 4), np.float32), 1600, seed=0)
+    return path, latents.load_or_make(path, quick_vae, NO_SPRITES, 1600, seed=0)
 
 
 def test_every_training_pair_is_there_plain_and_no_held_out_one(cached: tuple[Path, latents.LatentSet]) -> None:
@@ -26,7 +28,7 @@ def test_every_training_pair_is_there_plain_and_no_held_out_one(cached: tuple[Pa
 
 def test_what_was_written_is_read_back(cached: tuple[Path, latents.LatentSet], quick_vae: AutoencoderKL) -> None:
     path, made = cached
-    read = latents.load_or_make(path, quick_vae, np.zeros((175, 8, 8, 4), np.float32), 1600, seed=0)
+    read = latents.load_or_make(path, quick_vae, NO_SPRITES, 1600, seed=0)
     assert read.scenes == made.scenes
     assert read.boxes == made.boxes
     assert np.array_equal(read.latents, made.latents)
