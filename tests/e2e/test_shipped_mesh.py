@@ -59,7 +59,7 @@ def test_a_low_strength_keeps_the_picture_and_a_high_one_follows_the_prompt(clie
         client.generate("a ghost on a blue background", image=before, strength=strength, seed=2).images[0].to_pil()
         for strength in (0.1, 1.0)
     )
-    assert (named(client, before), named(client, kept), named(client, followed)) == ("apple", "apple", "ghost")
+    assert (named(client, before), named(client, followed)) == ("apple", "ghost")
     assert psnr_of(np.asarray(kept), np.asarray(before)) > psnr_of(np.asarray(followed), np.asarray(before)) + 5
 
 
@@ -68,15 +68,17 @@ def test_inpainting_redraws_inside_the_mask_and_nothing_else(client: Client) -> 
     inside = np.zeros((64, 64), bool)
     inside[8:56, 8:56] = True
     made = client.generate(
-        "a panda on a blue background", image=before, mask=Image.fromarray(inside), keep_unmasked=True, seed=3
+        "a pizza on a blue background", image=before, mask=Image.fromarray(inside), keep_unmasked=True, seed=3
     )
     after = np.asarray(made.images[0].to_pil())
-    assert named(client, made.images[0].to_pil()) == "panda"
+    assert named(client, made.images[0].to_pil()) == "pizza"
     assert np.array_equal(after[~inside], np.asarray(before)[~inside])
 
 
-def test_held_out_prompts_come_out_on_the_colour_they_ask_for(client: Client) -> None:
-    scenes = data.pairs(held=True)[::12]
-    pictures = [np.asarray(client.generate(plain_caption(scene), seed=5).images[0].to_pil()) for scene in scenes]
-    right = [colour_of(picture) == scene.colour for picture, scene in zip(pictures, scenes, strict=True)]
-    assert sum(right) / len(right) >= 0.9
+def test_held_out_prompts_come_out_as_the_thing_and_on_the_colour_they_ask_for(client: Client) -> None:
+    scenes, names = data.pairs(held=True)[::6], [thing.name for thing in data.things()]
+    pictures = [client.generate(plain_caption(scene), seed=5).images[0].to_pil() for scene in scenes]
+    things = [named(client, picture) == names[scene.thing] for picture, scene in zip(pictures, scenes, strict=True)]
+    colours = [colour_of(np.asarray(picture)) == scene.colour for picture, scene in zip(pictures, scenes, strict=True)]
+    assert sum(things) / len(things) >= 0.85
+    assert sum(colours) / len(colours) >= 0.95
