@@ -63,6 +63,17 @@ def test_a_low_strength_keeps_the_picture_and_a_high_one_follows_the_prompt(clie
     assert psnr_of(np.asarray(kept), np.asarray(before)) > psnr_of(np.asarray(followed), np.asarray(before)) + 5
 
 
+@pytest.mark.parametrize("thing", ["apple", "fox", "moon"])
+def test_a_low_strength_leaves_a_thing_where_the_prompt_alone_would_not_draw_it(client: Client, thing: str) -> None:
+    index = [one.name for one in data.things()].index(thing)
+    before = data.draw(data.Scene(index, "blue", place="left"), data.load_sprites())
+    prompt = f"a {thing} on a blue background"
+    kept = client.generate(prompt, image=Image.fromarray(before), strength=0.1, guidance=1, seed=2).images[0].to_pil()
+    anew = client.generate(prompt, guidance=1, seed=2).images[0].to_pil()
+    assert named(client, kept) == thing
+    assert psnr_of(np.asarray(kept), before) > 20 > 15 > psnr_of(np.asarray(anew), before)
+
+
 def test_inpainting_redraws_inside_the_mask_and_nothing_else(client: Client) -> None:
     before = Image.fromarray(data.draw(FOX, data.load_sprites()))
     inside = np.zeros((64, 64), bool)
