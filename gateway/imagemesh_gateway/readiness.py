@@ -92,4 +92,5 @@ async def _ask(peer: Peer) -> str:
         answer = await peer.unary(stub.Check, request, timeout_seconds=_ASKING_SECONDS)
     except MeshError as error:
         return str(error).removeprefix(f"{peer.name}: ").removeprefix(f"{peer.name} ")
-    return READY if answer.status == health_pb2.HealthCheckResponse.SERVING else "loads its models, drains, or its device hangs"
+    ready = answer.status == health_pb2.HealthCheckResponse.SERVING
+    return READY if ready else "loads its models, drains, or its device hangs"
