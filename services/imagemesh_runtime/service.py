@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -101,8 +102,11 @@ def set_process_defaults(log_level: str = "INFO") -> None:
     """Settings of the whole process, made before any library that reads them is imported.
 
     Idle OpenMP threads would otherwise spin, and two processes on the same cores slow each other several-fold; and
-    transformers would write advice and progress bars of its own into a server's log.
+    transformers would write advice and progress bars of its own into a server's log. A lane that asks for the
+    interpreter's lock, as it does for each operation of a forward, would wait five milliseconds for an event loop that
+    is busy: that is a forward of a small model.
     """
+    sys.setswitchinterval(0.0005)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

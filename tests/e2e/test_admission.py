@@ -121,7 +121,7 @@ async def test_what_can_make_its_deadline_is_let_in(bench: Bench) -> None:
 async def test_a_full_queue_says_when_there_will_be_room(bench: Bench) -> None:
     await bench.warm_up()
     small = Bench(max_rows=1, max_queue=1)
-    small.engine._pace = bench.engine._pace
+    small.engine._pace._kinds = bench.engine._pace._kinds
     tasks = []
     for _ in range(2):  # the first runs, the second waits
         tasks.append(asyncio.create_task(small.run(steps=50)))

@@ -1,12 +1,13 @@
 """Seconds of work, predicted from ticks that were measured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from imagemesh_services.diffusion.forecast import finish_times
 from imagemesh_services.diffusion.limits import Limit, Limits
-from imagemesh_services.diffusion.pace import Pace, Work, finish_times, fit, knee
+from imagemesh_services.diffusion.pace import Pace, Work, fit, knee
 
 
 def test_a_row_and_a_tick_are_told_apart() -> None:
@@ -37,8 +38,8 @@ def paced(a: float = 0.01, t: float = 0.05, kind: str = "k") -> Pace:
     return pace
 
 
-def limited(max_rows: int) -> Callable[[Sequence[Work], Work], bool]:
-    return Limits(max_rows, Pace()).fits
+def limited(max_rows: int) -> Limits:
+    return Limits(max_rows, Pace())
 
 
 def test_generations_that_share_forwards_pay_the_tick_once() -> None:
@@ -62,6 +63,23 @@ def test_kinds_take_turns() -> None:
     pace.note("big", 1, 1.0)
     times = finish_times([Work("k", 1, 3), Work("big", 1, 3)], [], limited(16), pace)
     assert times == pytest.approx([3 * 1.06, 3 * 1.06])
+
+
+def test_a_long_queue_is_forecast_by_a_few_steps_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, asked = paced(), 0
+    seconds = pace.tick_seconds
+
+    def counted(kind: str, rows: int, forwards: int = 1) -> float | None:
+        nonlocal asked
+        asked += 1
+        return seconds(kind, rows, forwards)
+
+    monkeypatch.setattr(pace, "tick_seconds", counted)
+    times = finish_times([], [Work("k", 1, 10 + i % 7) for i in range(500)], limited(16), pace)
+    assert times is not None
+    full = sum(10 + i % 7 for i in range(500)) / 16 * (0.16 + 0.05)
+    assert full <= max(times) <= 1.05 * full  # only at the end is there room that nobody takes
+    assert asked <= 500
 
 
 def test_what_was_never_measured_is_not_guessed() -> None:

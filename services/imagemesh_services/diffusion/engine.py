@@ -11,15 +11,15 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 
-from imagemesh_runtime.context import CallContext, set_current_call
-from imagemesh_runtime.errors import DeadlineExceeded, Hangs, Overloaded, TooMuchAhead, Unavailable
+from imagemesh_runtime.errors import Hangs, Overloaded, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
+from imagemesh_services.diffusion.forecast import Outlook
 from imagemesh_services.diffusion.generation import (
     SENDING_SECONDS,
     Event,
@@ -32,16 +32,15 @@ from imagemesh_services.diffusion.generation import (
     Terms,
 )
 from imagemesh_services.diffusion.incoming import Patience
-from imagemesh_services.diffusion.limits import NOTHING, Limits
-from imagemesh_services.diffusion.pace import Pace, finish_times
+from imagemesh_services.diffusion.limits import NOTHING, Limits, Room
+from imagemesh_services.diffusion.pace import Pace
+from imagemesh_services.diffusion.starts import Begun, Starts
 from imagemesh_services.diffusion.steer import steer
 from imagemesh_services.diffusion.ticks import Tick, Ticks
 from imagemesh_services.diffusion.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# A deadline is taken to be missed only beyond this much of what is left to it: estimates err.
-_SURE = 1.25
 # How long those of a forward wait for one another's checkpoints to leave, a millisecond each on a quiet machine.
 _TOGETHER_SECONDS = 0.05
 # For a refusal before anything was measured.
@@ -86,10 +85,14 @@ class Engine:
         self._closed = False
         self._handing_back = False
         self._pace = Pace()
+        self._starts = Starts(lane, self._pace)
         self.limits = Limits(max_rows, self._pace, tuned)
+        self._outlook = Outlook(self.limits, self._pace, metrics)
         self.watchdog = Watchdog(lane, metrics, self._pace, least=hang_seconds, factor=hang_factor)
         self._watching: asyncio.Task[None] | None = None
-        self._backlog = metrics.backlog.labels(metrics.service)
+        self._telling: asyncio.Handle | None = None
+        # Between two ticks the lane waits, so nothing is told there; it is as soon as the next one is begun.
+        self._between = False
 
     async def sample(
         self,
@@ -124,7 +127,7 @@ class Engine:
                 if isinstance(event, Finished):
                     return
         finally:
-            generation.gone = True
+            generation.go()
             if generation.residuals is not None:
                 generation.residuals.give_up()  # the lane may be waiting for them
             self._wake()
@@ -155,46 +158,32 @@ class Engine:
             raise Unavailable(self._metrics.service, _HANGS)
         waiting = [one for one in self._waiting if not one.gone]
         ahead = sum(one.turn <= generation.turn for one in waiting)
-        times = self._finish_times([*waiting[:ahead], generation])
         if len(waiting) >= self._max_queue:
+            times = self._outlook.times(self._active, [*waiting[:ahead], generation])
             raise Overloaded(self._metrics.service, self._max_queue, min(times) if times else _UNKNOWN_RETRY)
-        if times is not None:
-            self._check_deadline(generation, times[-1])
+        self._outlook.check_deadline(generation, self._active, waiting[:ahead])
         self._waiting = deque([*waiting[:ahead], generation, *waiting[ahead:]])
         self._wake()
         return ahead
 
-    def _check_deadline(self, generation: Generation, seconds: float) -> None:
-        """Refuse now what would be thrown away later: ``seconds`` until it is done."""
-        remaining = generation.call.remaining()
-        if remaining is None or seconds <= remaining * _SURE:
-            return
-        alone = finish_times([], [generation.left(self._pace)], self.limits.fits, self._pace)
-        own = alone[0] if alone else 0.0
-        if own > remaining * _SURE:
-            message = f"the generation takes about {own:.1f} s, and its deadline is in {remaining:.1f} s"
-            raise DeadlineExceeded(self._metrics.service, message)
-        raise TooMuchAhead(self._metrics.service, seconds - own, own, remaining)
-
-    def _finish_times(self, waiting: Sequence[Generation]) -> list[float] | None:
-        """Seconds until each of those who run, and then of those who wait, is done; None: not known yet."""
-        running = [one.left(self._pace) for one in self._active if not one.gone]
-        return finish_times(running, [one.left(self._pace) for one in waiting], self.limits.fits, self._pace)
-
     def _wake(self) -> None:
         self._metrics.pending.set(sum(not one.gone for one in self._waiting))
-        self._tell_backlog()
         self._changed.set()
         if self._ticks is not None:
             self._ticks.halt()
         if not self._closed and (self._worker is None or self._worker.done()):
+            self._between = False
             self._worker = asyncio.create_task(self._work())
             watch = self.watchdog.watch(self._worker, lambda: self._ticks, self._give_up)
             self._watching = asyncio.create_task(watch)
+        if self._telling is None and not self._between:  # once for all that changes at a time
+            self._telling = asyncio.get_running_loop().call_soon(self._look_ahead)
 
     def _tell_backlog(self) -> None:
-        times = self._finish_times([one for one in self._waiting if not one.gone])
-        self._backlog.set(max(times, default=0.0) if times is not None else 0.0)
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._outlook.tell(self._active, self._waiting)
 
     async def _work(self) -> None:
         try:
@@ -204,9 +193,10 @@ class Engine:
                 if self._handing_back:
                     await self._part()
                 await self._let_in()
-                batch = self._next_batch()
+                batch, self._between = self._next_batch(), False
                 if batch:
                     await self._tick(batch)
+                    self._between = True
                 elif self._active:
                     self._tell_backlog()
                     await self._wait()
@@ -256,46 +246,64 @@ class Engine:
         at = self._ticks.batch if self._ticks is not None and self._ticks.under_way is not None else ()
         for one in [*self._active, *self._waiting]:
             if one.terms.every:
-                stuck = one in at or (one.run is None and one in self._active)
+                stuck = one in at or (one.reached and one.run is None)
                 service = self._metrics.service
                 self._end(one, Hangs(service) if stuck else Unavailable(service, _HANGS))
         self._wake()
 
-    def _fits(self, generation: Generation) -> bool:
-        """Whether it may run beside those who do."""
+    def _fits(self, generation: Generation, room: Room) -> bool:
+        """Whether it may run beside those who do, who leave this room."""
         if not self._active:
             return True
         if generation.terms.alone or any(one.terms.alone for one in self._active):
             return False
-        return self.limits.fits([one.left(self._pace) for one in self._active], generation.left(self._pace))
+        return room.fits(generation.left(self._pace))
 
     async def _let_in(self) -> None:
         """Start those at the head of the queue as long as their rows fit."""
-        while self._waiting:
-            if not self._fits(self._waiting[0]):
-                break
-            generation = self._waiting.popleft()
-            if generation.gone:
-                continue
-            self._active.append(generation)
-            waited = perf_counter() - generation.since
-            self._metrics.queue_wait.observe(waited)
-            generation.call.queue_seconds += waited
-            if generation.terms.every:
-                generation.events.put_nowait(Started())
-            try:
-                with self._charging(generation):
-                    generation.run = await self._lane.run(generation.begin)
-                    steps = generation.inputs.steps_to_do
-                    self._pace.note_evaluations(generation.scheduler, steps, generation.run.evaluations)
-            except Exception as error:
-                self._end(generation, generation.blame(error))
-                continue
-            if generation.open_control is not None and not generation.gone:
-                generation.wanted.set()
-                generation.steering = asyncio.create_task(self._steer(generation))
+        room = self.limits.room(one.left(self._pace) for one in self._active if self._waiting)
+        while entered := self._admit(room):
+            for generation, begun in zip(entered, await self._starts.all_of(entered), strict=True):
+                if begun is not None:
+                    self._begun(generation, begun)
         self._metrics.pending.set(len(self._waiting))
         self._metrics.running.set(len(self._active))
+
+    def _admit(self, room: Room) -> list[Generation]:
+        """Take those out of the queue who fit into that room, and what they take of it."""
+        entered = []
+        while self._waiting and self._fits(self._waiting[0], room):
+            generation = self._waiting.popleft()
+            if not generation.gone:
+                self._active.append(generation)
+                room.add(generation.left(self._pace))
+                entered.append(generation)
+                if generation.terms.every:
+                    generation.events.put_nowait(Started())
+        return entered
+
+    def _begun(self, generation: Generation, begun: Begun) -> None:
+        waited = perf_counter() - generation.since - (begun if isinstance(begun, float) else 0.0)
+        self._metrics.queue_wait.observe(waited)
+        generation.call.queue_seconds += waited
+        if isinstance(begun, Exception):
+            self._end(generation, generation.blame(begun))
+        elif generation.open_control is not None and not generation.gone:
+            generation.wanted.set()
+            generation.steering = asyncio.create_task(self._steer(generation))
+
+    def _look_ahead(self) -> None:
+        """While the lane is at a tick: tell what is left to do, and begin those who come in when the tick is over."""
+        self._tell_backlog()
+        staying = [one for one in self._active if not one.ending]
+        if not self._waiting or any(one.terms.alone for one in staying):
+            return
+        room = self.limits.room(one.left(self._pace) for one in staying)
+        for generation in self._waiting:
+            if generation.terms.alone or not room.fits(generation.left(self._pace)):
+                return
+            room.add(generation.left(self._pace))
+            self._starts.begin(generation)
 
     def _next_batch(self) -> list[Generation]:
         """The runnable generations that can share a forward with the one that has waited longest for its turn."""
@@ -316,9 +324,11 @@ class Engine:
         try:
             more = True
             while more:
-                self._tell_backlog()  # while the lane works
+                self._look_ahead()
                 tick = await ticks.next()
                 more = tick is not None and tick.more
+                if not more:
+                    await self._starts.settle(_TOGETHER_SECONDS)  # ahead of the callers, whom what is told awakes
                 if tick is not None:
                     self._tell(batch, tick)
         finally:
@@ -366,18 +376,6 @@ class Engine:
             self._end(generation, error)
             self._wake()
 
-    @contextmanager
-    def _charging(self, *who: Generation) -> Iterator[CallContext]:
-        """Charge what the lane does meanwhile to those it is done for, the wait for the lane as waiting."""
-        spent = CallContext()
-        set_current_call(spent)
-        try:
-            yield spent
-        finally:
-            for generation in who:
-                generation.call.queue_seconds += spent.queue_seconds
-                generation.call.compute_seconds += spent.compute_seconds
-
     def _end_all(self, error: Exception) -> None:
         for generation in [*self._active, *self._waiting]:
             self._end(generation, error)
@@ -389,7 +387,7 @@ class Engine:
 
     def _leave(self, generation: Generation) -> None:
         """Take the generation out; its ControlNets hear of it, unless they have said all they had to."""
-        generation.gone = True
+        generation.go()
         steering = generation.steering
         if steering is not None and steering is not asyncio.current_task() and not generation.done:
             steering.cancel()

@@ -107,6 +107,9 @@ class Generation:
     events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
     call: CallContext = field(default_factory=current_call)
     since: float = field(default_factory=perf_counter)
+    # The task in which it begins, whether the lane came to it, and what came of it.
+    beginning: "asyncio.Task[float | Exception] | None" = None
+    reached: bool = False
     run: Run | None = None
     # The ControlNets' side of it: the task that asks them, when to ask; whether they are at it, or have no say in the
     # next evaluation; what they say.
@@ -184,6 +187,11 @@ class Generation:
         return self.run is not None and self.evaluated == self.run.evaluations
 
     @property
+    def ending(self) -> bool:
+        """Whether it leaves at the next tick at the latest."""
+        return self.gone or (self.run is not None and self.evaluated >= self.run.evaluations - 1)
+
+    @property
     def freezes_now(self) -> bool:
         """Whether a checkpoint is due between the last evaluation and the next."""
         return self.terms.every > 0 and self.evaluated % self.terms.every == 0 and not self.done
@@ -193,8 +201,15 @@ class Generation:
         every = self.terms.preview_every
         return every > 0 and step > self.told and step % every == 0 and not self.done
 
+    def go(self) -> None:
+        """It is over, or nobody wants it any more; what the lane has not begun of it, it never will."""
+        self.gone = True
+        if self.beginning is not None:
+            self.beginning.cancel()
+
     def begin(self) -> Run:
         """Start the run, or go on where it was; called on the lane."""
+        self.reached = True
         run = self.model.start(self.inputs)
         if self.terms.resume_from is not None:
             run.restore(self.terms.resume_from)

@@ -1,6 +1,7 @@
 """How many rows may run together: a measured knee for each model and size, within one configured bound."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -48,11 +49,41 @@ class Limits:
         """The kinds of which something was measured."""
         return list(dict.fromkeys([*self._tuned, *self._pace.kinds()]))
 
+    def room(self, running: Iterable[Work] = ()) -> "Room":
+        """What there is of it beside those."""
+        room = Room(self)
+        for work in running:
+            room.add(work)
+        return room
+
     def fits(self, running: Sequence[Work], more: Work) -> bool:
         """Whether ``more`` may run beside those; by itself everything may."""
-        if not running:
+        return self.room(running).fits(more)
+
+
+class Room:
+    """The rows of those who run, as they come and go."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._rows = self._count = 0
+        self._of_kind: Counter[Hashable] = Counter()
+
+    def add(self, work: Work) -> None:
+        self._count += 1
+        self._rows += work.peak
+        self._of_kind[work.kind] += work.peak
+
+    def remove(self, work: Work) -> None:
+        self._count -= 1
+        self._rows -= work.peak
+        self._of_kind[work.kind] -= work.peak
+
+    def fits(self, more: Work) -> bool:
+        """Whether ``more`` may run beside them; by itself everything may."""
+        if not self._count:
             return True
-        if sum(work.peak for work in running) + more.peak > self.max_rows:
+        if self._rows + more.peak > self._limits.max_rows:
             return False
-        like = sum(work.peak for work in running if work.kind == more.kind)
-        return not like or like + more.peak <= self.of(more.kind).rows
+        like = self._of_kind[more.kind]
+        return not like or like + more.peak <= self._limits.of(more.kind).rows

@@ -5,8 +5,8 @@ itself. Nothing is assumed: before the first tick of a kind its time is unknown.
 """
 
 import math
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
@@ -149,41 +149,3 @@ def fit(ticks: Iterable[tuple[float, float]]) -> tuple[float, float]:
     if a < 0:
         return 0.0, float(np.average(medians, weights=weights**2))
     return float((medians / counts).mean()), 0.0
-
-
-def finish_times(
-    running: Sequence[Work], waiting: Sequence[Work], fits: Callable[[Sequence[Work], Work], bool], pace: Pace
-) -> list[float] | None:
-    """Seconds until each is done, running ones first: the engine's own rules, played through.
-
-    Args:
-        fits: whether one more may run beside those who do.
-
-    None: some of it is of a kind that was never measured.
-    """
-    order: list[Work] = [*running, *waiting]
-    left = [work.evaluations for work in order]
-    times = [0.0] * len(order)
-    active, queue = list(range(len(running))), deque(range(len(running), len(order)))
-    now = 0.0
-    while active or queue:
-        while queue and fits([order[i] for i in active], order[queue[0]]):
-            active.append(queue.popleft())
-        rows: Counter[Hashable] = Counter()
-        forwards: Counter[Hashable] = Counter({order[i].kind: 1 for i in active})
-        for i in active:
-            rows[order[i].kind] += order[i].rows
-            forwards[order[i].kind] += order[i].own
-        seconds = [pace.tick_seconds(kind, rows[kind], forwards[kind]) for kind in rows]
-        if any(one is None for one in seconds):
-            return None
-        rounds = min(left[i] for i in active)
-        now += rounds * sum(one for one in seconds if one is not None)
-        for i in active:
-            left[i] -= rounds
-            times[i] = now
-            after = order[i].then
-            if not left[i] and after is not None:
-                order[i], left[i] = after, after.evaluations
-        active = [i for i in active if left[i] > 0]
-    return times
