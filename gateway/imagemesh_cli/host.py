@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,8 @@ class MeshHost:
         self._gateway_config = gateway
         self._stack = AsyncExitStack()
         self._folder: TemporaryDirectory[str] | None = None
+        # Called last. Waits for the work under way; a process that is to end need not wait for ever.
+        self.close_lane: Callable[[Lane], object] = Lane.close
         self.services: dict[str, MeshServer] = {}
         self.gateway: MeshServer
         # As bound: ``host:port``.
@@ -56,7 +58,7 @@ class MeshHost:
             self._folder = TemporaryDirectory(prefix="imagemesh-", dir=parent, ignore_cleanup_errors=True)
             folder = stack.enter_context(self._folder)
             lane = Lane("mesh")
-            stack.callback(lane.close)
+            stack.callback(self.close_lane, lane)
             addresses = {name: f"unix:{os.path.join(folder, name)}.sock" for name in self._configs}
             for name in (name for name in SERVICES if name in self._configs):
                 config = _wired(self._configs[name], addresses, listen=addresses[name])

@@ -12,7 +12,7 @@ from imagemesh_cli.host import MeshHost, require_free
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime.lanes import Lane
-from imagemesh_runtime.service import set_process_defaults
+from imagemesh_runtime.service import leave, set_process_defaults
 
 EXIT_INTERRUPTED = 130
 
@@ -20,7 +20,9 @@ EXIT_INTERRUPTED = 130
 def up(args: Namespace) -> int:
     """Host the whole mesh in this process."""
     set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "WARNING"))
-    asyncio.run(_up(MeshHost.configured(_given(args, "models", "backend"), _gateway(args), args.config), args.json))
+    host = MeshHost.configured(_given(args, "models", "backend"), _gateway(args), args.config)
+    host.close_lane = lambda lane: leave(lane, host.abandon)
+    asyncio.run(_up(host, args.json))
     return 0
 
 
@@ -66,11 +68,15 @@ def _gateway(args: Namespace) -> Mapping[str, str]:
 def serve(args: Namespace) -> int:
     """Run one server in this process."""
     set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "INFO"))
-    asyncio.run(_serve(args))
+    lane = Lane(args.service)
+    try:
+        asyncio.run(_serve(args, lane))
+    finally:
+        leave(lane)
     return 0
 
 
-async def _serve(args: Namespace) -> None:
+async def _serve(args: Namespace, lane: Lane) -> None:
     told = _stop_signal()
     is_gateway = args.service == "gateway"
     room = GATEWAY if is_gateway else SERVICES[args.service]
@@ -79,7 +85,7 @@ async def _serve(args: Namespace) -> None:
     require_free(args.service, config.listen, config.metrics_listen, config.admin_listen)
     if is_gateway:
         require_free(args.service, config.http_listen)
-    server = room.create(config) if is_gateway else room.create(config, Lane(args.service))
+    server = room.create(config) if is_gateway else room.create(config, lane)
     try:
         await server.start()
         http = f", HTTP on http://{server.http_address}" if is_gateway else ""

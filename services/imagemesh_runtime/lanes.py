@@ -5,7 +5,9 @@ oversubscribe the cores: math libraries keep one pool of threads for each thread
 """
 
 import asyncio
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,9 +31,9 @@ class Lane:
     """
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix=f"lane-{name}", initializer=_name_thread, initargs=(f"lane-{name}",)
-        )
+        self.name = name
+        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}", initializer=self._started)
         # When what runs began, by perf_counter; None: nothing runs.
         self.busy_since: float | None = None
 
@@ -71,9 +73,21 @@ class Lane:
 
         self._pool.submit(work)
 
-    def close(self) -> None:
-        """Let the work under way end and drop what waits."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, seconds: float | None = None) -> bool:
+        """Let the work under way end, for so long at most, and drop what waits; answers whether it ended."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
+    def stack(self) -> list[traceback.FrameSummary]:
+        """The calls that its thread is in, the innermost last; none once it has ended."""
+        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread is not None else None
+        return list(traceback.extract_stack(frame)) if frame is not None else []
+
+    def _started(self) -> None:
+        self._thread = threading.current_thread()
+        _name_thread(f"lane-{self.name}")
 
 
 def _name_thread(name: str) -> None:

@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from time import perf_counter
+from typing import Any, Final, Generic, TypeVar
 
 from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
 from imagemesh_runtime.config import ModelServerConfig, load
@@ -17,6 +19,11 @@ from imagemesh_runtime.registry import LoadedModels, ModelCard
 from imagemesh_runtime.server import MeshServer, stop_signal
 
 log = logging.getLogger(__name__)
+
+# The exit code of a process whose device hung when it was to end.
+EXIT_HANGS: Final = 70
+# How long what the lane is at may take when all calls have ended, or were ended after the grace period.
+_LAST_SECONDS: Final = 3.0
 
 Config = TypeVar("Config", bound=ModelServerConfig)
 Model = TypeVar("Model")
@@ -116,7 +123,29 @@ def set_process_defaults(log_level: str = "INFO") -> None:
 def main(cls: type[Config], create: Callable[[Config, Lane], MeshServer], file: Path | None = None) -> None:
     """Run one service until the process is told to stop."""
     set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "INFO"))
-    asyncio.run(serve(lambda: create(load(cls, file=file), Lane(cls.SERVICE))))
+    lane = Lane(cls.SERVICE)
+    try:
+        asyncio.run(serve(lambda: create(load(cls, file=file), lane)))
+    finally:
+        leave(lane)
+
+
+def leave(lane: Lane, first: Callable[[], None] = lambda: None) -> None:
+    """Close the lane of a process that ends; if its device hangs, end the process without it, and with ``EXIT_HANGS``.
+
+    A thread can't be stopped, and Python would wait for it for ever. ``first`` is called before such an end.
+    """
+    if lane.close(_LAST_SECONDS):
+        return
+    stack, since = lane.stack(), lane.busy_since
+    at = f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else "a call that just ended"
+    log.error(
+        "the device of lane %s hangs: for %.0f s by now at %s; the process ends without it\n%s",
+        lane.name, perf_counter() - since if since is not None else 0.0, at, "".join(traceback.format_list(stack)),
+    )  # fmt: skip
+    first()
+    logging.shutdown()
+    os._exit(EXIT_HANGS)
 
 
 async def serve(create: Callable[[], MeshServer]) -> None:
