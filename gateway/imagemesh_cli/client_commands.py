@@ -80,6 +80,7 @@ _OF_A_CONTROL = {
     "end": "end",
     "blocks": "block_weights",
     "preprocessor": "preprocessor",
+    "type": "control_type",
 }
 
 

@@ -95,6 +95,8 @@ def _controls(parser: ArgumentParser) -> None:
         "--control-preprocessor", type=preprocessor, action="append", default=[], metavar="NAME[:PARAMETER=VALUE,...]",
         help="what draws of it what is followed, such as canny or canny:low_threshold=50 (default: none)",
     )  # fmt: skip
+    add("--control-type", action="append", default=[], metavar="NAME", help="of a ControlNet-union: which kind of "
+        "picture it is, such as canny or depth")  # fmt: skip
     add("--guess-mode", action="store_true", help="the pictures count more than the prompt")
 
 

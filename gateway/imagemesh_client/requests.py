@@ -232,6 +232,7 @@ def _control(field: str, control: Control) -> pb.GenerateControl:
         end=None if control.end == 1 else _number(f"{field}.end", control.end),
         guess_mode=bool(control.guess_mode),
         block_weights=[_number(f"{field}.block_weights[{i}]", one) for i, one in enumerate(control.block_weights)],
+        control_type=_text(f"{field}.control_type", control.control_type),
         preprocessor=_text(f"{field}.preprocessor", control.preprocessor),
         preprocessor_parameters=parameters_to_proto(f"{field}.parameters", control.parameters),
         preprocessor_resolution=whole_or_absent(f"{field}.resolution", control.resolution),

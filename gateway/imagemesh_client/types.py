@@ -29,6 +29,7 @@ class Control:
         start, end: the part of the steps in which it steers, 0 to 1.
         guess_mode: the picture counts more than the prompt.
         block_weights: one for each of the ControlNet's residuals, the middle block's last; empty: all 1.
+        control_type: of a ControlNet-union, the kind of picture: "canny", "depth"... or its number; empty for others.
         preprocessor: a name that ``preprocessors()`` tells; empty: none.
         parameters: the preprocessor's.
         resolution: pixels of the shorter side that it works at; None: the generation's size.
@@ -46,6 +47,7 @@ class Control:
     parameters: Mapping[str, bool | float | str] = field(default_factory=dict)
     resolution: int | None = None
     preprocessor_model: str = ""
+    control_type: str = ""
 
 
 @dataclass(frozen=True)

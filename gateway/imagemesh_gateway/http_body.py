@@ -96,6 +96,7 @@ ALLOWED: Final = {
     "controls.end": "0 to 1",
     "controls.guess_mode": "true or false",
     "controls.block_weights": f"a list of at most {MAX_BLOCK_WEIGHTS} numbers, each {_WEIGHT}",
+    "controls.control_type": _TEXT,
     "controls.preprocessor": _TEXT,
     "controls.preprocessor_parameters": "an object of numbers, strings, true and false by name",
     "controls.preprocessor_resolution": f"0, or {MIN_RESOLUTION} to {MAX_SIDE}",
@@ -138,6 +139,7 @@ class ControlBody(Strict):
     block_weights: list[Weight] = Field(
         default_factory=list, max_length=MAX_BLOCK_WEIGHTS, description="A weight for each of its residuals."
     )
+    control_type: Text = Field("", description="Of a ControlNet-union: which kind of picture, by name or number.")
     preprocessor: Text = Field("", description="What makes of the picture what is followed; empty: it is that already.")
     preprocessor_parameters: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
     preprocessor_resolution: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels of the shorter side.")

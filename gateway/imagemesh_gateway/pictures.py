@@ -67,6 +67,8 @@ def _control(unit: ControlPlan) -> str:
         told.append("Control Mode: ControlNet is more important")
     if unit.request.block_weights:
         told.append(f"Block Weights: {' '.join(f'{weight:g}' for weight in unit.request.block_weights)}")
+    if unit.request.control_type:
+        told.append(f"Union Control Type: {unit.request.control_type}")
     return ", ".join(told)
 
 

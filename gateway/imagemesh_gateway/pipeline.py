@@ -91,6 +91,7 @@ async def _prepare_controls(mesh: Mesh, turn: Turn, ledger: Ledger) -> list[diff
             end=unit.end,
             guess_mode=unit.request.guess_mode,
             block_weights=unit.request.block_weights,
+            control_type=unit.control_type,
         )
         for unit, picture in zip(plan.controls, pictures, strict=True)
     ]

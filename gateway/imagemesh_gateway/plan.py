@@ -8,6 +8,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2, priority_pb2
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
+from imagemesh_runtime.control_types import find_control_type
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
     MAX_CONTROL_SCALE,
@@ -42,6 +43,8 @@ class ControlPlan:
     end: float = 1.0
     # What makes of the picture what is followed, without the picture; None: it is that already.
     preprocess: preprocess_service_pb2.PreprocessRequest | None = None
+    # Of a ControlNet-union: which of its kinds the picture is.
+    control_type: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,8 @@ async def _controls(request: pb.GenerateRequest, mesh: Mesh) -> tuple[ControlPla
         check_interval(f"controls[{i}]", start, end)
         check_block_weights(f"controls[{i}].block_weights", unit.block_weights)
         model = await mesh.catalogue.find(mesh.controlnet, unit.model)
+        kinds = int(model.properties.get("control_types", 0))
+        kind = find_control_type(f"controls[{i}].control_type", unit.control_type, kinds)
         preprocess = await mesh.preprocessors.wanted(unit, f"controls[{i}]")
-        plans.append(ControlPlan(model.name, unit, scale, start, end, preprocess))
+        plans.append(ControlPlan(model.name, unit, scale, start, end, preprocess, kind))
     return tuple(plans)

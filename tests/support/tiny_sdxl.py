@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import (
     ControlNetModel,
+    ControlNetUnionModel,
     EulerDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -62,6 +63,32 @@ def build_controlnet(path: Path, pipeline_path: Path) -> None:
         for part in (controlnet.controlnet_cond_embedding, controlnet.controlnet_down_blocks):
             sd._widen(part)
         sd._widen(controlnet.controlnet_mid_block)
+    controlnet.save_pretrained(path)
+
+
+def build_union(path: Path) -> None:
+    """A ControlNetUnionModel of six kinds for that pipeline's UNet, of which no part is zero."""
+    with sd._seeded(9):
+        controlnet = ControlNetUnionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=72,
+            attention_head_dim=4,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=EACH,
+            projection_class_embeddings_input_dim=6 * EACH + POOLED,
+            conditioning_embedding_out_channels=(8, 16, 16, 32),
+            num_control_type=6,
+            num_trans_channel=32,
+            num_trans_head=4,
+            num_proj_channel=32,
+        )
+        for part in ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block", "spatial_ch_projs"):
+            sd._widen(getattr(controlnet, part))
+        sd._widen(controlnet.control_add_embedding)
     controlnet.save_pretrained(path)
 
 

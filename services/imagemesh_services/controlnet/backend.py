@@ -21,6 +21,8 @@ class ControlInputs:
     guess: bool = False
     # Of the single residuals besides, the middle one's last; empty: all 1.
     block_weights: Sequence[float] = ()
+    # Which of the model's kinds of pictures this one is; None: it has one kind.
+    control_type: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ControlModel(Protocol):
     prompt_rows_only: bool
     # Of the residuals of a step, the middle one too.
     count: int
+    # How many kinds of pictures it tells apart; 0: it isn't told the kind.
+    control_types: int
 
     def start(self, inputs: ControlInputs) -> ControlRun:
         """Prepare for a generation.

@@ -101,7 +101,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         image = request.array(unit.image, f"{field}.image", dtypes=["uint8"], shape=(None, None, 3))
         for axis in (0, 1):
             check_size(f"{field}.image.shape[{axis}]", image.shape[axis], 8)
-        return Unit(model, image, unit.scale, unit.guess_mode, tuple(unit.block_weights))
+        kind = unit.control_type if unit.HasField("control_type") else None
+        return Unit(model, image, unit.scale, unit.guess_mode, tuple(unit.block_weights), kind)
 
     async def _answers(
         self, session: Session | None, start: pb.ControlStart, request: Request

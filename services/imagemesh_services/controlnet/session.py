@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from imagemesh_runtime.control_types import check_control_type
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import ControlInputs, ControlModel, ControlRun, Emit, Part, whole
@@ -19,6 +20,7 @@ class Unit:
     scale: float
     guess: bool = False
     block_weights: Sequence[float] = ()
+    control_type: int | None = None
 
     @property
     def prompt_rows_only(self) -> bool:
@@ -48,11 +50,14 @@ class Session:
     def _start(self, index: int, unit: Unit) -> ControlRun:
         skipped = self._skipped(unit)
         added = {name: rows[skipped:] for name, rows in self.added.items()}
-        inputs = ControlInputs(unit.image, self.embeddings[skipped:], unit.scale, added, unit.guess, unit.block_weights)
+        inputs = ControlInputs(
+            unit.image, self.embeddings[skipped:], unit.scale, added, unit.guess, unit.block_weights, unit.control_type
+        )
         weights, count = len(unit.block_weights), unit.model.count
         if weights not in (0, count):
             allowed = f"none, or {count}: one for each residual of the model, the middle one's last"
             raise InvalidArgument(f"start.units[{index}].block_weights", f"{weights} weights", allowed)
+        check_control_type(f"start.units[{index}].control_type", unit.control_type, unit.model.control_types)
         return unit.model.start(inputs)
 
     def _skipped(self, unit: Unit) -> int:

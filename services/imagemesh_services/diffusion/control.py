@@ -205,6 +205,7 @@ class _Asked:
                 scale=unit.scale,
                 guess_mode=unit.guess_mode,
                 block_weights=unit.block_weights,
+                control_type=unit.control_type if unit.HasField("control_type") else None,
             )
             for unit in self._units
         ]

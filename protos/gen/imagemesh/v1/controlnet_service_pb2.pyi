@@ -123,12 +123,17 @@ class ControlNetUnit(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     GUESS_MODE_FIELD_NUMBER: _builtins.int
     BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
+    CONTROL_TYPE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     scale: _builtins.float
     """Weight of the residuals, 0 to 10."""
     guess_mode: _builtins.bool
     """The picture counts more than the prompt: residuals for the prompt's rows alone, those of the first blocks weakened
     (0.1 to 1, evenly in their logarithm).
+    """
+    control_type: _builtins.int
+    """Of a model that follows pictures of several kinds (ControlNet-union): which kind this one is, counted from 0; absent
+    for other models.
     """
     @_builtins.property
     def image(self) -> _tensor_pb2.Tensor:
@@ -146,12 +151,15 @@ class ControlNetUnit(_message.Message):
         scale: _builtins.float = ...,
         guess_mode: _builtins.bool = ...,
         block_weights: _abc.Iterable[_builtins.float] | None = ...,
+        control_type: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_control_type", b"_control_type", "control_type", b"control_type", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_weights", b"block_weights", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_type", b"_control_type", "block_weights", b"block_weights", "control_type", b"control_type", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__control_type: _TypeAlias = _typing.Literal["control_type"]  # noqa: Y015
+    _WhichOneofArgType__control_type: _TypeAlias = _typing.Literal["_control_type", b"_control_type"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__control_type) -> _WhichOneofReturnType__control_type | None: ...
 
 Global___ControlNetUnit: _TypeAlias = ControlNetUnit  # noqa: Y015
 

@@ -26,7 +26,7 @@ from imagemesh.v1 import priority_pb2 as imagemesh_dot_v1_dot_priority__pb2
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\"\xd3\x07\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x12(\n\x08priority\x18\x17 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12L\n\x11scheduler_options\x18\x18 \x03(\x0b\x32\x31.imagemesh.v1.SampleRequest.SchedulerOptionsEntry\x12\x1a\n\x12variation_strength\x18\x19 \x01(\x01\x12\x17\n\x0fvariation_seeds\x18\x1a \x03(\x04\x12\x15\n\rpreview_every\x18\x1b \x01(\r\x12\x15\n\rlatent_resize\x18\x1c \x01(\t\x12\x0e\n\x06guider\x18  \x01(\t\x12\x46\n\x0eguider_options\x18! \x03(\x0b\x32..imagemesh.v1.SampleRequest.GuiderOptionsEntry\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\xb3\x01\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x12\n\x05start\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nguess_mode\x18\x06 \x01(\x08\x12\x15\n\rblock_weights\x18\x07 \x03(\x02\x42\x08\n\x06_startB\x06\n\x04_end\"\x8d\x02\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x12.\n\x07started\x18\x05 \x01(\x0b\x32\x1b.imagemesh.v1.SampleStartedH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"\x0f\n\rSampleStarted\"T\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12%\n\x07preview\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x87\x02\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x12\x39\n\x07\x61\x63\x63\x65pts\x18\x04 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListGuidersRequest\"@\n\x13ListGuidersResponse\x12)\n\x07guiders\x18\x01 \x03(\x0b\x32\x18.imagemesh.v1.GuiderInfo\"\x8d\x02\n\nGuiderInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\r\n\x05\x61\x62out\x18\x03 \x01(\t\x12\x36\n\x07options\x18\x04 \x03(\x0b\x32%.imagemesh.v1.GuiderInfo.OptionsEntry\x12\x36\n\x07\x61\x63\x63\x65pts\x18\x05 \x03(\x0b\x32%.imagemesh.v1.GuiderInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x8a\x02\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponse\x12R\n\x0bListGuiders\x12 .imagemesh.v1.ListGuidersRequest\x1a!.imagemesh.v1.ListGuidersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$imagemesh/v1/diffusion_service.proto\x12\x0cimagemesh.v1\x1a\x1bimagemesh/v1/priority.proto\x1a\x19imagemesh/v1/tensor.proto\"\xd3\x07\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x43\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32-.imagemesh.v1.SampleRequest.ConditioningEntry\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x02\x12\x11\n\tscheduler\x18\x07 \x01(\t\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12+\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x19.imagemesh.v1.ControlUnit\x12\x37\n\x06inputs\x18\n \x03(\x0b\x32\'.imagemesh.v1.SampleRequest.InputsEntry\x12\x10\n\x08strength\x18\x0b \x01(\x01\x12\x18\n\x10\x63heckpoint_every\x18\x14 \x01(\r\x12\x33\n\x0bresume_from\x18\x15 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpoint\x12\r\n\x05\x61lone\x18\x16 \x01(\x08\x12(\n\x08priority\x18\x17 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12L\n\x11scheduler_options\x18\x18 \x03(\x0b\x32\x31.imagemesh.v1.SampleRequest.SchedulerOptionsEntry\x12\x1a\n\x12variation_strength\x18\x19 \x01(\x01\x12\x17\n\x0fvariation_seeds\x18\x1a \x03(\x04\x12\x15\n\rpreview_every\x18\x1b \x01(\r\x12\x15\n\rlatent_resize\x18\x1c \x01(\t\x12\x0e\n\x06guider\x18  \x01(\t\x12\x46\n\x0eguider_options\x18! \x03(\x0b\x32..imagemesh.v1.SampleRequest.GuiderOptionsEntry\x1aI\n\x11\x43onditioningEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x43\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\x1a\x37\n\x15SchedulerOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12GuiderOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\x10SampleCheckpoint\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12<\n\x07tensors\x18\x04 \x03(\x0b\x32+.imagemesh.v1.SampleCheckpoint.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\xdf\x01\n\x0b\x43ontrolUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x12\n\x05start\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nguess_mode\x18\x06 \x01(\x08\x12\x15\n\rblock_weights\x18\x07 \x03(\x02\x12\x19\n\x0c\x63ontrol_type\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_endB\x0f\n\r_control_type\"\x8d\x02\n\x0eSampleResponse\x12,\n\x06queued\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.SampleQueuedH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.imagemesh.v1.SampleProgressH\x00\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x1a.imagemesh.v1.SampleResultH\x00\x12\x34\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1e.imagemesh.v1.SampleCheckpointH\x00\x12.\n\x07started\x18\x05 \x01(\x0b\x32\x1b.imagemesh.v1.SampleStartedH\x00\x42\x07\n\x05\x65vent\" \n\x0cSampleQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"\x0f\n\rSampleStarted\"T\n\x0eSampleProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12%\n\x07preview\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"\xe1\x01\n\x0cSampleResult\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.imagemesh.v1.SampleResult.OutputsEntry\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\x13\n\x0b\x65valuations\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x18\n\x10\x63ontrol_backends\x18\x05 \x03(\t\x1a\x44\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\x17\n\x15ListSchedulersRequest\"I\n\x16ListSchedulersResponse\x12/\n\nschedulers\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.SchedulerInfo\"\x87\x02\n\rSchedulerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x39\n\x07options\x18\x03 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.OptionsEntry\x12\x39\n\x07\x61\x63\x63\x65pts\x18\x04 \x03(\x0b\x32(.imagemesh.v1.SchedulerInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListGuidersRequest\"@\n\x13ListGuidersResponse\x12)\n\x07guiders\x18\x01 \x03(\x0b\x32\x18.imagemesh.v1.GuiderInfo\"\x8d\x02\n\nGuiderInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\r\n\x05\x61\x62out\x18\x03 \x01(\t\x12\x36\n\x07options\x18\x04 \x03(\x0b\x32%.imagemesh.v1.GuiderInfo.OptionsEntry\x12\x36\n\x07\x61\x63\x63\x65pts\x18\x05 \x03(\x0b\x32%.imagemesh.v1.GuiderInfo.AcceptsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x41\x63\x63\x65ptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x8a\x02\n\x10\x44iffusionService\x12\x45\n\x06Sample\x12\x1b.imagemesh.v1.SampleRequest\x1a\x1c.imagemesh.v1.SampleResponse0\x01\x12[\n\x0eListSchedulers\x12#.imagemesh.v1.ListSchedulersRequest\x1a$.imagemesh.v1.ListSchedulersResponse\x12R\n\x0bListGuiders\x12 .imagemesh.v1.ListGuidersRequest\x1a!.imagemesh.v1.ListGuidersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -68,39 +68,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_start=1231
   _globals['_SAMPLECHECKPOINT_TENSORSENTRY']._serialized_end=1299
   _globals['_CONTROLUNIT']._serialized_start=1302
-  _globals['_CONTROLUNIT']._serialized_end=1481
-  _globals['_SAMPLERESPONSE']._serialized_start=1484
-  _globals['_SAMPLERESPONSE']._serialized_end=1753
-  _globals['_SAMPLEQUEUED']._serialized_start=1755
-  _globals['_SAMPLEQUEUED']._serialized_end=1787
-  _globals['_SAMPLESTARTED']._serialized_start=1789
-  _globals['_SAMPLESTARTED']._serialized_end=1804
-  _globals['_SAMPLEPROGRESS']._serialized_start=1806
-  _globals['_SAMPLEPROGRESS']._serialized_end=1890
-  _globals['_SAMPLERESULT']._serialized_start=1893
-  _globals['_SAMPLERESULT']._serialized_end=2118
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=2050
-  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=2118
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=2120
-  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=2143
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=2145
-  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=2218
-  _globals['_SCHEDULERINFO']._serialized_start=2221
-  _globals['_SCHEDULERINFO']._serialized_end=2484
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=2390
-  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=2436
-  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_start=2438
-  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_end=2484
-  _globals['_LISTGUIDERSREQUEST']._serialized_start=2486
-  _globals['_LISTGUIDERSREQUEST']._serialized_end=2506
-  _globals['_LISTGUIDERSRESPONSE']._serialized_start=2508
-  _globals['_LISTGUIDERSRESPONSE']._serialized_end=2572
-  _globals['_GUIDERINFO']._serialized_start=2575
-  _globals['_GUIDERINFO']._serialized_end=2844
-  _globals['_GUIDERINFO_OPTIONSENTRY']._serialized_start=2390
-  _globals['_GUIDERINFO_OPTIONSENTRY']._serialized_end=2436
-  _globals['_GUIDERINFO_ACCEPTSENTRY']._serialized_start=2438
-  _globals['_GUIDERINFO_ACCEPTSENTRY']._serialized_end=2484
-  _globals['_DIFFUSIONSERVICE']._serialized_start=2847
-  _globals['_DIFFUSIONSERVICE']._serialized_end=3113
+  _globals['_CONTROLUNIT']._serialized_end=1525
+  _globals['_SAMPLERESPONSE']._serialized_start=1528
+  _globals['_SAMPLERESPONSE']._serialized_end=1797
+  _globals['_SAMPLEQUEUED']._serialized_start=1799
+  _globals['_SAMPLEQUEUED']._serialized_end=1831
+  _globals['_SAMPLESTARTED']._serialized_start=1833
+  _globals['_SAMPLESTARTED']._serialized_end=1848
+  _globals['_SAMPLEPROGRESS']._serialized_start=1850
+  _globals['_SAMPLEPROGRESS']._serialized_end=1934
+  _globals['_SAMPLERESULT']._serialized_start=1937
+  _globals['_SAMPLERESULT']._serialized_end=2162
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_start=2094
+  _globals['_SAMPLERESULT_OUTPUTSENTRY']._serialized_end=2162
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_start=2164
+  _globals['_LISTSCHEDULERSREQUEST']._serialized_end=2187
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_start=2189
+  _globals['_LISTSCHEDULERSRESPONSE']._serialized_end=2262
+  _globals['_SCHEDULERINFO']._serialized_start=2265
+  _globals['_SCHEDULERINFO']._serialized_end=2528
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_start=2434
+  _globals['_SCHEDULERINFO_OPTIONSENTRY']._serialized_end=2480
+  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_start=2482
+  _globals['_SCHEDULERINFO_ACCEPTSENTRY']._serialized_end=2528
+  _globals['_LISTGUIDERSREQUEST']._serialized_start=2530
+  _globals['_LISTGUIDERSREQUEST']._serialized_end=2550
+  _globals['_LISTGUIDERSRESPONSE']._serialized_start=2552
+  _globals['_LISTGUIDERSRESPONSE']._serialized_end=2616
+  _globals['_GUIDERINFO']._serialized_start=2619
+  _globals['_GUIDERINFO']._serialized_end=2888
+  _globals['_GUIDERINFO_OPTIONSENTRY']._serialized_start=2434
+  _globals['_GUIDERINFO_OPTIONSENTRY']._serialized_end=2480
+  _globals['_GUIDERINFO_ACCEPTSENTRY']._serialized_start=2482
+  _globals['_GUIDERINFO_ACCEPTSENTRY']._serialized_end=2528
+  _globals['_DIFFUSIONSERVICE']._serialized_start=2891
+  _globals['_DIFFUSIONSERVICE']._serialized_end=3157
 # @@protoc_insertion_point(module_scope)

@@ -304,6 +304,7 @@ class ControlUnit(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     GUESS_MODE_FIELD_NUMBER: _builtins.int
     BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
+    CONTROL_TYPE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     scale: _builtins.float
     """Weight of its residuals, 0 to 10."""
@@ -314,6 +315,7 @@ class ControlUnit(_message.Message):
     end: _builtins.float
     guess_mode: _builtins.bool
     """As ControlNetUnit has them."""
+    control_type: _builtins.int
     @_builtins.property
     def image(self) -> _tensor_pb2.Tensor:
         """DTYPE_UINT8, shape [height, width, 3], RGB, of the picture's size."""
@@ -330,15 +332,20 @@ class ControlUnit(_message.Message):
         end: _builtins.float | None = ...,
         guess_mode: _builtins.bool = ...,
         block_weights: _abc.Iterable[_builtins.float] | None = ...,
+        control_type: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "image", b"image", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_control_type", b"_control_type", "_end", b"_end", "_start", b"_start", "control_type", b"control_type", "end", b"end", "image", b"image", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "block_weights", b"block_weights", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_type", b"_control_type", "_end", b"_end", "_start", b"_start", "block_weights", b"block_weights", "control_type", b"control_type", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__control_type: _TypeAlias = _typing.Literal["control_type"]  # noqa: Y015
+    _WhichOneofArgType__control_type: _TypeAlias = _typing.Literal["_control_type", b"_control_type"]  # noqa: Y015
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
     _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
     _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__control_type) -> _WhichOneofReturnType__control_type | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
     @_typing.overload

@@ -320,6 +320,7 @@ class GenerateControl(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     GUESS_MODE_FIELD_NUMBER: _builtins.int
     BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
+    CONTROL_TYPE_FIELD_NUMBER: _builtins.int
     PREPROCESSOR_FIELD_NUMBER: _builtins.int
     PREPROCESSOR_PARAMETERS_FIELD_NUMBER: _builtins.int
     PREPROCESSOR_RESOLUTION_FIELD_NUMBER: _builtins.int
@@ -333,6 +334,10 @@ class GenerateControl(_message.Message):
     end: _builtins.float
     guess_mode: _builtins.bool
     """The picture counts more than the prompt."""
+    control_type: _builtins.str
+    """Of a ControlNet that follows pictures of several kinds (ControlNet-union): of which kind this one is, by name ("canny",
+    "depth"...) or by its number from 0. Empty for others.
+    """
     preprocessor: _builtins.str
     """What makes of the picture what the ControlNet follows, by a name that PreprocessService.ListPreprocessors tells; it
     sees the picture at the generation's size. Empty: the picture is that already.
@@ -359,6 +364,7 @@ class GenerateControl(_message.Message):
         end: _builtins.float | None = ...,
         guess_mode: _builtins.bool = ...,
         block_weights: _abc.Iterable[_builtins.float] | None = ...,
+        control_type: _builtins.str = ...,
         preprocessor: _builtins.str = ...,
         preprocessor_parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         preprocessor_resolution: _builtins.int = ...,
@@ -366,7 +372,7 @@ class GenerateControl(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "block_weights", b"block_weights", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "preprocessor", b"preprocessor", "preprocessor_model", b"preprocessor_model", "preprocessor_parameters", b"preprocessor_parameters", "preprocessor_resolution", b"preprocessor_resolution", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "block_weights", b"block_weights", "control_type", b"control_type", "end", b"end", "guess_mode", b"guess_mode", "image", b"image", "model", b"model", "preprocessor", b"preprocessor", "preprocessor_model", b"preprocessor_model", "preprocessor_parameters", b"preprocessor_parameters", "preprocessor_resolution", b"preprocessor_resolution", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015

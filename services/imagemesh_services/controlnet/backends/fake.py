@@ -32,7 +32,7 @@ class FakeControlRun:
 class FakeControlModel:
     """See the module."""
 
-    prompt_rows_only, count = False, 2
+    prompt_rows_only, count, control_types = False, 2, 0
 
     def start(self, inputs: ControlInputs) -> FakeControlRun:
         return FakeControlRun(inputs)

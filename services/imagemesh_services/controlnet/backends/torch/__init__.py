@@ -1,4 +1,4 @@
-"""ControlNets in PyTorch: diffusers' ControlNetModel, whose residuals leave block by block."""
+"""ControlNets in PyTorch: diffusers' ControlNetModel and ControlNetUnionModel, whose residuals leave block by block."""
 
 from imagemesh_services.controlnet.backends.torch.model import TorchControlNet
 

@@ -1,20 +1,24 @@
-"""diffusers' ControlNetModel in torch."""
+"""diffusers' ControlNetModel and ControlNetUnionModel in torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 
 from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_runtime.registry import ModelCard
+from imagemesh_runtime.registry import ModelCard, ModelFolder
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import ControlInputs, Emit
 from imagemesh_services.controlnet.backends.torch.producing import Produced, producing
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_torch
+
+_USUAL_TYPES: Final = 6  # diffusers' own, where a config.json leaves it out
+# The classes of the folders that are loaded.
+CLASSES: Final[Mapping[str, Any]] = {one.__name__: one for one in (ControlNetModel, ControlNetUnionModel)}
 
 
 class TorchControlRun:
@@ -29,6 +33,7 @@ class TorchControlRun:
         self._scales = _scales(model, inputs)
         self.tell(inputs.embeddings, inputs.added)
         self._hint = model.hint(inputs.image)
+        self._kind = model.kind(inputs.control_type)
         self._factor = 2 ** (len(self._model.config.conditioning_embedding_out_channels) - 1)
 
     def tell(self, embeddings: Array, added: Mapping[str, Array]) -> None:
@@ -39,16 +44,25 @@ class TorchControlRun:
     @torch.inference_mode()
     def residuals(self, sample: Array, timestep: float, emit: Emit) -> None:
         self._check(sample)
-        last = slice(len(self._embeddings) - len(sample), None)
+        rows = len(sample)
+        last = slice(len(self._embeddings) - rows, None)
         with suppress(Produced), producing(self._model, self._scales, emit):
             self._model(
                 to_torch(sample, self._model.device, self._model.dtype),
                 torch.tensor(timestep, device=self._model.device),
                 encoder_hidden_states=self._embeddings[last],
-                controlnet_cond=self._hint,
                 added_cond_kwargs={name: one[last] for name, one in self._added.items()} or None,
                 return_dict=False,
+                **self._followed(rows),
             )
+
+    def _followed(self, rows: int) -> dict[str, Any]:
+        """The picture, as the model's class takes it."""
+        if self._kind is None:
+            return {"controlnet_cond": self._hint}
+        marks = self._kind.expand(rows, -1)
+        kinds = {"control_type": marks, "control_type_idx": [int(self._kind.argmax())]}
+        return {"controlnet_cond": [self._hint.expand(rows, -1, -1, -1)], **kinds}
 
     def _check(self, sample: Array) -> None:
         height, width = (side // self._factor for side in self._size)
@@ -79,6 +93,15 @@ class TorchControlModel:
         self._flips = model.config.controlnet_conditioning_channel_order == "bgr"
         self.count = len(model.controlnet_down_blocks) + 1
         self.prompt_rows_only = bool(model.config.global_pool_conditions)
+        self.control_types: int = model.config.get("num_control_type", 0)
+
+    def kind(self, number: int | None) -> torch.Tensor | None:
+        """Which kind of picture, as the model wants it: [1, kinds], 1 at that one."""
+        if number is None:
+            return None
+        marks = torch.zeros(1, self.control_types, device=self.net.device, dtype=self.net.dtype)
+        marks[0, number] = 1
+        return marks
 
     @torch.inference_mode()
     def hint(self, image: Array) -> torch.Tensor:
@@ -110,7 +133,7 @@ class TorchControlModel:
 
 
 class TorchControlNet:
-    """Runs folders that hold a ControlNetModel."""
+    """Runs folders that hold a ControlNetModel or a ControlNetUnionModel."""
 
     name = "torch"
 
@@ -123,12 +146,16 @@ class TorchControlNet:
 
     def cards(self) -> Mapping[str, ModelCard]:
         folders = self.repository.folders().values()
-        return {
-            folder.name: ModelCard(folder.name, {"class": "ControlNetModel"})
-            for folder in folders
-            if folder.config.get("_class_name") == "ControlNetModel"
-        }
+        return {folder.name: _card(folder) for folder in folders if folder.config.get("_class_name") in CLASSES}
 
     def load(self, name: str) -> TorchControlModel:
-        path = self.repository.folders()[name].path
-        return TorchControlModel(load_module(ControlNetModel, path, self._dtype, self._device))
+        folder = self.repository.folders()[name]
+        cls = CLASSES[folder.config["_class_name"]]
+        return TorchControlModel(load_module(cls, folder.path, self._dtype, self._device))
+
+
+def _card(folder: ModelFolder) -> ModelCard:
+    properties = {"class": str(folder.config["_class_name"])}
+    if properties["class"] == ControlNetUnionModel.__name__:
+        properties["control_types"] = str(folder.config.get("num_control_type", _USUAL_TYPES))
+    return ModelCard(folder.name, properties)
