@@ -1,13 +1,14 @@
 """The commands that ask a gateway."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
-from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires, Model
+from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires, Model, Reference
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.findings import A_MODEL
 
@@ -58,6 +59,7 @@ def generation_options(args: Namespace) -> GenerateOptions:
         clip_skip=args.clip_skip,
         literal_prompt=args.literal_prompt,
         controls=_controls(args),
+        references=_references(args),
         image=args.image,
         strength=args.strength,
         mask=args.mask,
@@ -92,18 +94,28 @@ def _check_mask(args: Namespace) -> None:
             raise InvalidArgument(f"--{name.replace('_', '-')}", given, "given beside --mask")
 
 
-def _controls(args: Namespace) -> list[Control]:
-    """The n-th --control with the n-th of each option for it."""
-    options = {name: getattr(args, f"control_{name}") for name in _OF_A_CONTROL}
+def _each(args: Namespace, what: str, names: Iterable[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The n-th --WHAT with the n-th of each option for it, by the ends of their names."""
+    files = getattr(args, what)
+    options = {name: getattr(args, f"{what}_{name}") for name in names}
     for name, values in options.items():
-        if len(values) > len(args.control):
-            allowed = f"given at most once for each --control ({len(args.control)})"
-            raise InvalidArgument(f"--control-{name}", counted(len(values), "time"), allowed)
+        if len(values) > len(files):
+            allowed = f"given at most once for each --{what} ({len(files)})"
+            raise InvalidArgument(f"--{what}-{name}", counted(len(values), "time"), allowed)
+    for file, *row in zip_longest(files, *options.values()):
+        yield file, {name: one for name, one in zip(options, row, strict=True) if one is not None}
+
+
+def _references(args: Namespace) -> list[Reference]:
+    return [Reference(file, **given) for file, given in _each(args, "reference", ("adapter", "scale"))]
+
+
+def _controls(args: Namespace) -> list[Control]:
     if args.guess_mode and not args.control:
         raise InvalidArgument("--guess-mode", True, "given beside --control")
     controls = []
-    for file, *row in zip_longest(args.control, *options.values()):
-        given = {name: one for name, one in zip(_OF_A_CONTROL.values(), row, strict=True) if one is not None}
+    for file, found in _each(args, "control", _OF_A_CONTROL):
+        given = {_OF_A_CONTROL[name]: one for name, one in found.items()}
         if "preprocessor" in given:
             given["preprocessor"], given["parameters"] = given["preprocessor"]
         controls.append(Control(file, guess_mode=args.guess_mode, **given))

@@ -13,6 +13,7 @@ def add_generation(parser: ArgumentParser) -> None:
     _source(parser)
     _second_pass(parser)
     _controls(parser)
+    _references(parser)
 
 
 def _picture(parser: ArgumentParser) -> None:
@@ -98,6 +99,15 @@ def _controls(parser: ArgumentParser) -> None:
     add("--control-type", action="append", default=[], metavar="NAME", help="of a ControlNet-union: which kind of "
         "picture it is, such as canny or depth")  # fmt: skip
     add("--guess-mode", action="store_true", help="the pictures count more than the prompt")
+
+
+def _references(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("pictures to be like (IP-Adapter), in their order").add_argument
+    add("--reference", type=file, action="append", default=[], metavar="FILE", help="picture; repeatable")
+    add("--reference-adapter", action="append", default=[], metavar="NAME", help="IP-Adapter for it (default: the "
+        "mesh's first)")  # fmt: skip
+    add("--reference-scale", type=number, action="append", default=[], metavar="X", help="how much it counts, 0 to 10 "
+        "(default: 1)")  # fmt: skip
 
 
 def _weights(text: str) -> list[float]:

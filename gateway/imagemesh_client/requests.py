@@ -13,7 +13,7 @@ from imagemesh_client.fields import text as _text
 from imagemesh_client.fields import whole as _whole
 from imagemesh_client.images import ImageInput, image_to_proto
 from imagemesh_client.preprocessing import parameters_to_proto
-from imagemesh_client.types import Control, Hires
+from imagemesh_client.types import Control, Hires, Reference
 from imagemesh_runtime.errors import InvalidArgument
 
 PriorityName = Literal["interactive", "normal", "batch"]
@@ -82,7 +82,17 @@ class GuiderOptions(TypedDict, total=False):
     guider_options: Mapping[str, bool | float | str | Sequence[str]]
 
 
-class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, total=False):
+class ReferenceOptions(TypedDict, total=False):
+    """What to be like."""
+
+    references: Iterable[Reference]
+
+
+class _Shared(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, ReferenceOptions, total=False):
+    """What ``GenerateOptions`` and ``MoreOptions`` both have."""
+
+
+class GenerateOptions(_Shared, total=False):
     """How to generate. What is left out, the mesh chooses and tells in ``Generation.parameters``."""
 
     negative_prompt: str
@@ -106,7 +116,7 @@ class GenerateOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions,
     hires: Hires | None
 
 
-class MoreOptions(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, total=False):
+class MoreOptions(_Shared, total=False):
     """What ``generate_request`` hands on."""
 
 
@@ -148,7 +158,7 @@ def generate_request(
         hires=None if hires is None else _hires(hires),
         **_noise(more) | _guider(more),
         **_source(more),
-        **_course(more),
+        **_course(more) | _references(more),
     )
 
 
@@ -221,6 +231,18 @@ def _source(options: MoreOptions) -> dict[str, Any]:
         "keep_unmasked": bool(options.get("keep_unmasked", False)),
         "mask_padding": None if padding is None else _whole("mask_padding", padding, UINT32),
     }
+
+
+def _references(options: MoreOptions) -> dict[str, Any]:
+    return {"references": [_reference(f"references[{i}]", one) for i, one in enumerate(options.get("references", ()))]}
+
+
+def _reference(field: str, reference: Reference) -> pb.GenerateReference:
+    return pb.GenerateReference(
+        image=image_to_proto(reference.image, f"{field}.image"),
+        adapter=_text(f"{field}.adapter", reference.adapter),
+        scale=_number(f"{field}.scale", reference.scale),
+    )
 
 
 def _control(field: str, control: Control) -> pb.GenerateControl:

@@ -51,6 +51,20 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A picture to be like, by an IP-Adapter.
+
+    Attributes:
+        adapter: empty: the first that the mesh has.
+        scale: how much it counts, 0 to 10.
+    """
+
+    image: ImageInput
+    adapter: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Hires:
     """A second pass: the picture of the first is enlarged, and made anew in part.
 

@@ -17,6 +17,7 @@ from imagemesh_runtime.limits import (
     MAX_HIRES_SCALE,
     MAX_IMAGES,
     MAX_MASK_BLUR,
+    MAX_REFERENCES,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
@@ -97,6 +98,10 @@ ALLOWED: Final = {
     "controls.guess_mode": "true or false",
     "controls.block_weights": f"a list of at most {MAX_BLOCK_WEIGHTS} numbers, each {_WEIGHT}",
     "controls.control_type": _TEXT,
+    "references": f"a list of at most {MAX_REFERENCES} objects with an image",
+    "references.image": _PICTURE,
+    "references.adapter": _TEXT,
+    "references.scale": _WEIGHT,
     "controls.preprocessor": _TEXT,
     "controls.preprocessor_parameters": "an object of numbers, strings, true and false by name",
     "controls.preprocessor_resolution": f"0, or {MIN_RESOLUTION} to {MAX_SIDE}",
@@ -151,6 +156,17 @@ class ControlBody(Strict):
         return pb.GenerateControl(**self.fields() | given)
 
 
+class ReferenceBody(Strict):
+    """A picture to be like, by an IP-Adapter."""
+
+    image: Picture
+    adapter: Text = Field("", description="Empty is the first that the mesh has.")
+    scale: Weight = 1.0
+
+    def to_proto(self) -> pb.GenerateReference:
+        return pb.GenerateReference(**self.fields() | {"image": image_pb2.Image(encoded=self.image)})
+
+
 class GenerateBody(Strict):
     """What to generate; what is left out is the mesh's choice, and told in the answer."""
 
@@ -182,6 +198,7 @@ class GenerateBody(Strict):
     priority: PriorityName = "normal"
     hires: HiresBody | None = None
     controls: list[ControlBody] = Field(default_factory=list, max_length=MAX_CONTROLS)
+    references: list[ReferenceBody] = Field(default_factory=list, max_length=MAX_REFERENCES)
 
     def to_proto(self) -> pb.GenerateRequest:
         """The same request for the pipeline."""
@@ -207,4 +224,5 @@ _CHANGED: Final[Mapping[str, Callable[[Any], Any]]] = {
     "priority": lambda name: priority_pb2.Priority.Value(f"PRIORITY_{name.upper()}"),
     "hires": lambda one: pb.GenerateHires(**one.fields()),
     "controls": lambda units: [unit.to_proto() for unit in units],
+    "references": lambda pictures: [one.to_proto() for one in pictures],
 }

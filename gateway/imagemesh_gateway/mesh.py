@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from imagemesh.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
+    reference_service_pb2_grpc,
     text_encoder_service_pb2_grpc,
     vae_service_pb2_grpc,
     vit_service_pb2_grpc,
@@ -46,6 +47,7 @@ class Mesh:
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
         self.pictures = vae_service_pb2_grpc.VaeServiceStub(self.vae.parcels)
         self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
+        self.references = reference_service_pb2_grpc.ReferenceServiceStub(self.vit.channel)
         self.preprocessors = Preprocessors(config, self.controlnet)
         self.catalogue = Catalogue(config)
 

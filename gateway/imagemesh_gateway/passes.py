@@ -1,13 +1,13 @@
 """The passes of a generation and what each starts from: noise, a picture, or the pass before."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
-from imagemesh.v1 import tensor_pb2, vae_service_pb2
+from imagemesh.v1 import diffusion_service_pb2, tensor_pb2, vae_service_pb2
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.modes import LATENT_UPSCALERS, PICTURE_UPSCALERS
@@ -21,11 +21,12 @@ Tensors = dict[str, tensor_pb2.Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """Named inputs of the sampler, how much of the schedule it runs, and how it resizes latents."""
+    """Named inputs of the sampler, how much of the schedule it runs, how it resizes latents, and what it is like."""
 
     inputs: Tensors = field(default_factory=dict)
     strength: float = 0.0
     latent_resize: str = ""
+    references: Sequence[diffusion_service_pb2.Reference] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields["Denoising strength"] = f"{plan.hires.strength:g}"
     for i, unit in enumerate(plan.controls):
         fields[f"ControlNet {i}"] = f'"{_control(unit)}"'
+    for i, one in enumerate(plan.references):
+        fields[f"IP-Adapter {i}"] = f'"Model: {one.adapter}, Weight: {one.scale:g}"'
     if plan.clip_skip:
         fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from imagemesh_gateway.pictures import control_picture, describe, encode_png
 from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import DEFAULT_GUIDER, Plan
 from imagemesh_gateway.previews import Previews
+from imagemesh_gateway.references import embed_references
 from imagemesh_gateway.sources import lay_over
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
@@ -32,13 +34,16 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
     """
     ledger = Ledger(metrics)
     text = await _encode_text(mesh, plan, ledger)
+    references = await embed_references(mesh, plan.references, ledger)
     source, start = await first_start(mesh, plan, ledger)
+    start = replace(start, references=references)
     sampled: SampleResult | None = None
     for turn in turns(plan):
         if sampled is not None:
             if text.scheduled:
                 text = await _encode_text(mesh, turn.plan, ledger, turn)
-            start = await second_start(mesh, turn, sampled.outputs["latents"], ledger)
+            second = await second_start(mesh, turn, sampled.outputs["latents"], ledger)
+            start = replace(second, references=references)
         sampled = None
         async with aclosing(_denoise(mesh, turn, dict(text.conditioning), start, ledger)) as events:
             async for event in events:
@@ -131,6 +136,7 @@ def _sample_request(
         guider=plan.guider,
         guider_options=plan.guider_options,
         preview_every=plan.preview_every,
+        references=start.references,
     )
 
 

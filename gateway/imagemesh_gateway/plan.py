@@ -8,6 +8,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2, priority_pb2
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
+from imagemesh_gateway.references import ReferencePlan, reference_plans
 from imagemesh_runtime.control_types import find_control_type
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import (
@@ -81,6 +82,8 @@ class Plan:
     inpaints: bool = False
     # Whether brackets of the prompts are text.
     literal_prompt: bool = False
+    # Pictures to be like.
+    references: tuple[ReferencePlan, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -100,8 +103,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
     steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
-    seeds = _seeds(request)
-    check_pixels("seeds" if request.seeds else "num_images", len(seeds), width, height)
+    seeds = _seeds(request, width, height)
     return Plan(
         id=secrets.token_hex(8),
         model=model.name,
@@ -127,6 +129,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),
         inpaints=model.properties.get("needs") == "mask",
         literal_prompt=request.literal_prompt,
+        references=await reference_plans(request, mesh),
     )
 
 
@@ -161,7 +164,13 @@ def _size(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, int]:
     return width, height
 
 
-def _seeds(request: pb.GenerateRequest) -> tuple[int, ...]:
+def _seeds(request: pb.GenerateRequest, width: int, height: int) -> tuple[int, ...]:
+    seeds = _drawn_seeds(request)
+    check_pixels("seeds" if request.seeds else "num_images", len(seeds), width, height)
+    return seeds
+
+
+def _drawn_seeds(request: pb.GenerateRequest) -> tuple[int, ...]:
     if request.seeds:
         for name in ("seed", "num_images"):
             if request.HasField(name):

@@ -20,6 +20,7 @@ MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**63 - 1
 MAX_MASK_BLUR: Final = 256  # pixels
 MAX_CONTROL_SCALE: Final = 10.0
+MAX_REFERENCES: Final = 8  # pictures that IP-Adapters are told of
 MAX_HIRES_SCALE: Final = 8.0
 MAX_BLOCK_WEIGHTS: Final = 64
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # diffusers patches torch's modules while it builds one without memory for its weights. Two loads on two lanes that
 # overlap would leave a patch behind, and no module of the process would ever get memory again.
 _LOADING = threading.Lock()
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """While the libraries build modules: one load at a time in a process."""
+    with _LOADING:
+        yield
 
 
 def pick_device(choice: str) -> torch.device:

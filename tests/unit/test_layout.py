@@ -63,7 +63,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "preprocess", "transport"}
+    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "preprocess", "reference", "transport"}
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 
 
@@ -116,7 +116,7 @@ PUBLIC = [
     "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
     "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
-    "PreprocessorParameter", "Progress", "Queued", "RemoteError", "Result",
+    "PreprocessorParameter", "Progress", "Queued", "Reference", "RemoteError", "Result",
     "Sampling", "Timing", "Unavailable",
 ]  # fmt: skip
 

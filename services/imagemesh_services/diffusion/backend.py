@@ -9,6 +9,7 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.checkpoint import Checkpoint
 from imagemesh_services.diffusion.guiders import CFG, Guider, Passes
 from imagemesh_services.diffusion.phases import Phase, phase_at
+from imagemesh_services.diffusion.references import Reference
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 
@@ -82,6 +83,8 @@ class SampleInputs:
     guidable: bool = True
     # Whether a part of a step, which a strength may leave, is done as a whole one.
     rounds_up: bool = False
+    # Pictures to be like.
+    references: Sequence[Reference] = ()
 
     @property
     def steps_to_do(self) -> int:
@@ -159,7 +162,8 @@ class Run(Protocol):
     # Forward passes of the model in all, and the steps that the user counts them as.
     evaluations: int
     scheduler: str
-    # Runs of one model whose keys are equal can share a forward: shapes and dtypes of all inputs of the model.
+    # Runs of one model whose keys are equal can share a forward: shapes and dtypes of all inputs of the model, and what
+    # changes the model.
     key: Hashable
 
     @property

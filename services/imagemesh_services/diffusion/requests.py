@@ -25,6 +25,7 @@ from imagemesh_services.diffusion.checkpoint import read_message
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
 from imagemesh_services.diffusion.guiders import find_guider
 from imagemesh_services.diffusion.phases import PHASES, check_rows, phases_of
+from imagemesh_services.diffusion.references import read_references
 from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
 
@@ -77,6 +78,7 @@ def read_inputs(request: pb.SampleRequest, model: DiffusionModel) -> SampleInput
         guider=find_guider(request.guider, request.guider_options),
         guidable=wants.negative,
         rounds_up=model.rounds_up,
+        references=read_references(request, guided),
     )
 
 

@@ -1,5 +1,6 @@
 """Puts the room together: config -> backend -> batcher -> server."""
 
+from imagemesh.v1 import reference_service_pb2_grpc as reference_rpc
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
@@ -7,6 +8,8 @@ from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.vit.backend import BACKENDS, VitModel
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.references import backend as references
+from imagemesh_services.vit.references.servicer import ReferenceServicer
 from imagemesh_services.vit.servicer import VitServicer
 
 
@@ -18,4 +21,13 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VitServiceServicer_to_server, servicer, "imagemesh.v1.VitService")
     server.on_stop(servicer.close)
+    _add_references(server, config, lane, metrics)
     return server
+
+
+def _add_references(server: ModelServer[VitModel], config: VitConfig, lane: Lane, metrics: Metrics) -> None:
+    backend = choose_backend(references.BACKENDS, config.backend)(config)
+    models: LoadedModels[references.ReferenceEncoder] = LoadedModels(backend, lane, metrics)
+    servicer = ReferenceServicer(config, models, metrics)
+    server.add(reference_rpc.add_ReferenceServiceServicer_to_server, servicer, "imagemesh.v1.ReferenceService")
+    server.on_stop(servicer.close)

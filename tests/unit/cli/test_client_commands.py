@@ -23,13 +23,14 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--image", edges, "--strength", 0.5, "--mask", edges, "--invert-mask", "--mask-blur", 3, "--keep-unmasked",
         "--mask-padding", 8, "--hires", "128x144", "--hires-upscaler", "Lanczos", "--hires-steps", 9,
         "--hires-strength", 0.25,
-        "--priority", "batch", "--literal-prompt",
+        "--priority", "batch", "--literal-prompt", "--control-type", "depth",
+        "--reference", edges, "--reference-adapter", "plus", "--reference-scale", 0.5, "--reference", edges,
         "--guider", "PAG", "--guider-option", "perturbed_guidance_scale=2", "--guider-option", "stop=0.8",
         "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
     controls = [
-        pb.GenerateControl(model="canny", image=image, scale=0.5),
+        pb.GenerateControl(model="canny", image=image, scale=0.5, control_type="depth"),
         pb.GenerateControl(image=image, scale=1.0),
     ]
     expected = pb.GenerateRequest(
@@ -40,6 +41,9 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         hires=pb.GenerateHires(width=128, height=144, upscaler="Lanczos", steps=9, strength=0.25),
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
         guider="PAG", guider_options={"perturbed_guidance_scale": "2", "stop": "0.8"},
+        references=[
+            pb.GenerateReference(image=image, adapter="plus", scale=0.5), pb.GenerateReference(image=image, scale=1.0)
+        ],
     )  # fmt: skip
     assert (code, gateway.requests) == (0, [expected])
 

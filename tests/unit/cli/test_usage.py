@@ -35,6 +35,10 @@ GENERATE = ("generate", "a fox", "-o", "fox.png")
         ((*GENERATE, "--hires-strength", "0"), "argument --hires-strength: must be a number above 0, got '0'"),
         ((*GENERATE, "--hires-steps", "3"), "--hires-steps must be given beside --hires, got 3"),
         ((*GENERATE, "--control-scale", "1"), "--control-scale must be given at most once for each --control (0), got"),
+        (
+            (*GENERATE, "--reference-scale", "1"),
+            "--reference-scale must be given at most once for each --reference (0)",
+        ),
         ((*GENERATE, "--mask-blur", "3"), "--mask-blur must be given beside --mask, got 3"),
         ((*GENERATE, "--keep-unmasked"), "--keep-unmasked must be given beside --mask, got True"),
         (

@@ -13,7 +13,18 @@ from PIL import Image
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
-from imagemesh_client import AsyncClient, Client, Control, Hires, InvalidArgument, Progress, Queued, Result, Timing
+from imagemesh_client import (
+    AsyncClient,
+    Client,
+    Control,
+    Hires,
+    InvalidArgument,
+    Progress,
+    Queued,
+    Reference,
+    Result,
+    Timing,
+)
 from imagemesh_runtime.errors import Unavailable
 from tests.support.recording_gateway import RecordingGateway, png
 
@@ -24,14 +35,16 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
     with Client(gateway.address) as client:
         client.generate(
             "a fox", negative_prompt="blurry", model="sd-tiny", seed=2**63, steps=7, guidance=0.0, width=64, height=72,
-            scheduler="Euler a", n=2, clip_skip=1, controls=[Control(b"file", "canny", 0.5), Control(b"other")],
+            scheduler="Euler a", n=2, clip_skip=1,
+            controls=[Control(b"file", "canny", 0.5, control_type="depth"), Control(b"other")],
             image=b"picture", strength=0.5, mask=b"mask", invert_mask=True, mask_blur=3, keep_unmasked=True,
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
             guider="PAG", guider_options={"stop": 0.8, "perturbed_guidance_layers": ["mid_block", "up_blocks.0"]},
+            references=[Reference(b"like", "adapter", 0.5), Reference(b"this")],
             preview_every=5, mask_padding=0, literal_prompt=True, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
-        pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5),
+        pb.GenerateControl(model="canny", image=image_pb2.Image(encoded=b"file"), scale=0.5, control_type="depth"),
         pb.GenerateControl(image=image_pb2.Image(encoded=b"other"), scale=1.0),
     ]
     expected = pb.GenerateRequest(
@@ -41,6 +54,10 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5, mask_padding=0,
         literal_prompt=True,
+        references=[
+            pb.GenerateReference(image=image_pb2.Image(encoded=b"like"), adapter="adapter", scale=0.5),
+            pb.GenerateReference(image=image_pb2.Image(encoded=b"this"), scale=1.0),
+        ],
         guider="PAG", guider_options={"stop": "0.8", "perturbed_guidance_layers": '["mid_block", "up_blocks.0"]'},
         hires=pb.GenerateHires(scale=2, width=3, height=4, upscaler="Lanczos", steps=5, strength=0.5, scheduler="DDIM"),
     )  # fmt: skip

@@ -128,6 +128,7 @@ class SampleRequest(_message.Message):
     LATENT_RESIZE_FIELD_NUMBER: _builtins.int
     GUIDER_FIELD_NUMBER: _builtins.int
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of what the model's card says."""
@@ -200,6 +201,10 @@ class SampleRequest(_message.Message):
     def guider_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The guider's options, JSON values by name; see ListGuiders."""
 
+    @_builtins.property
+    def references(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reference]:
+        """Pictures to be like, 0 to 8."""
+
     def __init__(
         self,
         *,
@@ -225,14 +230,70 @@ class SampleRequest(_message.Message):
         latent_resize: _builtins.str = ...,
         guider: _builtins.str = ...,
         guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        references: _abc.Iterable[Global___Reference] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "references", b"references", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleRequest: _TypeAlias = SampleRequest  # noqa: Y015
+
+@_typing.final
+class Reference(_message.Message):
+    """A picture that an IP-Adapter has the generation be like (https://arxiv.org/abs/2308.06721)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EmbedsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    EMBEDS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Its name, as ReferenceService.ListAdapters tells them."""
+    scale: _builtins.float
+    """How much it counts, 0 to 10. Generations share a forward where their adapters and scales are the same."""
+    @_builtins.property
+    def embeds(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """What ReferenceService answered of the one picture: "image_embeds", and where there is guidance
+        "negative_image_embeds"; [1, width] or [1, tokens, width].
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        embeds: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "embeds", b"embeds", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reference: _TypeAlias = Reference  # noqa: Y015
 
 @_typing.final
 class SampleCheckpoint(_message.Message):

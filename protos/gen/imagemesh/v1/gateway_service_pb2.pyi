@@ -97,6 +97,7 @@ class GenerateRequest(_message.Message):
     LITERAL_PROMPT_FIELD_NUMBER: _builtins.int
     GUIDER_FIELD_NUMBER: _builtins.int
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -168,6 +169,10 @@ class GenerateRequest(_message.Message):
     def guider_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The guider's options, JSON values by name, such as "guidance_rescale" to "0.7"."""
 
+    @_builtins.property
+    def references(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateReference]:
+        """Be like these pictures too, by IP-Adapters; at most 8."""
+
     def __init__(
         self,
         *,
@@ -200,10 +205,11 @@ class GenerateRequest(_message.Message):
         literal_prompt: _builtins.bool = ...,
         guider: _builtins.str = ...,
         guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        references: _abc.Iterable[Global___GenerateReference] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "references", b"references", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -235,6 +241,38 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__variation_seed) -> _WhichOneofReturnType__variation_seed | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateReference(_message.Message):
+    """A picture to be like (IP-Adapter, https://arxiv.org/abs/2308.06721)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """The adapter's name; empty: the first that the mesh has."""
+    scale: _builtins.float
+    """How much it counts, 0 to 10; absent: 1."""
+    @_builtins.property
+    def image(self) -> _image_pb2.Image: ...
+    def __init__(
+        self,
+        *,
+        image: _image_pb2.Image | None = ...,
+        adapter: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "image", b"image", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "adapter", b"adapter", "image", b"image", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___GenerateReference: _TypeAlias = GenerateReference  # noqa: Y015
 
 @_typing.final
 class GenerateHires(_message.Message):

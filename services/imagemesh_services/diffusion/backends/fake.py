@@ -3,7 +3,8 @@
 Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evaluation i of n moves them to
 x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
 embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean at
-evaluations where guidance is on, plus the mean of the middle residual. One evaluation is one step. Prompts that change
+evaluations where guidance is on, plus the mean of the middle residual, plus the mean of each reference's embedding
+times its scale. One evaluation is one step. Prompts that change
 move the target. Of guiders it knows "CFG" alone, with its start and stop.
 
 A variation moves that start towards the other seed's in a straight line. With a picture they start at strength times
@@ -62,6 +63,8 @@ class FakeRun:
         if passes.shared > 1:
             negative = told["negative_prompt_embeds"].mean(axis=(0, 1))
             target = target + (self._inputs.guidance_scale - 1) * (target - negative)
+        for one in self._inputs.references:
+            target = target + np.float32(one.scale * one.positive.mean())
         found: Array = target[:, None, None]
         return found
 

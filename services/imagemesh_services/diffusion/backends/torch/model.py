@@ -14,9 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
-from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
+from imagemesh_runtime.registry import ModelCard, ModelFolder, Repository, cards_of
 from imagemesh_services.diffusion.backend import Late, Run, SampleInputs, Steering, Wants
 from imagemesh_services.diffusion.backends.torch import flow_model
+from imagemesh_services.diffusion.backends.torch.adapters import Adapters, as_added
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.injection import Injection, parted
@@ -45,7 +46,14 @@ class TorchDiffusionModel:
     rounds_up = False
 
     def __init__(
-        self, name: str, unet: Any, scheduler: Any, vae: Mapping[str, Any], max_rows: int, fingerprint: str
+        self,
+        name: str,
+        unet: Any,
+        scheduler: Any,
+        vae: Mapping[str, Any],
+        max_rows: int,
+        fingerprint: str,
+        repository: Repository,
     ) -> None:
         self._name = name
         self.fingerprint = fingerprint
@@ -60,6 +68,7 @@ class TorchDiffusionModel:
         self._max_rows = max_rows
         self._unet = unet
         self._schedulers = Schedulers(scheduler)
+        self._adapters = Adapters(name, unet, repository)
 
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
@@ -74,6 +83,7 @@ class TorchDiffusionModel:
             family=self._family,
             scheduler=self._schedulers.new(inputs.scheduler, inputs.seeds),
             guidance=Guidance(inputs, self._unet),
+            adapted=self._adapters.prepare(inputs.references),
             vae_scale_factor=self.scale_factor,
             latent_scale=self._latent_scale,
             num_channels_latents=self._channels,
@@ -119,7 +129,7 @@ class TorchDiffusionModel:
         count = len(part.sample)
         pictures = [slice(i, i + 1) for i in range(count)] if run.guidance.draws else [slice(0, count)]
         predicted = []
-        with run.guidance.changed():
+        with run.guidance.changed(), self._adapters.at_work(part.adapted):
             for i, rows in enumerate(pictures):
                 control = Injection(self._unet, [part], [residuals], rows.start)
                 given = (part.sample[rows], part.timestep, (part.prompts[rows], None), control)
@@ -141,7 +151,7 @@ class TorchDiffusionModel:
             rows = slice(start, min(start + self._max_rows, len(sample)))
             more: dict[str, Any] = {}
             if added:
-                more["added_cond_kwargs"] = {name: values[rows] for name, values in added.items()}
+                more["added_cond_kwargs"] = as_added({name: values[rows] for name, values in added.items()})
             if mask is not None:
                 more["encoder_attention_mask"] = mask[rows]
             time = timestep[rows] if timestep.dim() else timestep
@@ -157,13 +167,14 @@ class TorchDiffusionModel:
             return []
         parts = [part for _, part in begun]
         try:
-            predicted = self._forward(
-                torch.cat([part.sample for part in parts]),
-                merge_timesteps(parts),
-                merge_prompts(parts),
-                Injection(self._unet, parts, [residuals[i] for i, _ in begun]),
-                {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
-            )
+            with self._adapters.at_work(parts[0].adapted):
+                predicted = self._forward(
+                    torch.cat([part.sample for part in parts]),
+                    merge_timesteps(parts),
+                    merge_prompts(parts),
+                    Injection(self._unet, parts, [residuals[i] for i, _ in begun]),
+                    {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
+                )
         except Late as late:
             there, missing = parted(begun, residuals)
             return [*self._predict(there, residuals), *((i, late) for i, _ in missing)]
@@ -203,8 +214,8 @@ class TorchDiffusion:
         marks = (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
         fingerprint = fingerprint_of([folder.path / part, folder.path / "scheduler"], *map(str, marks))
         vae = folder.read("vae", "config.json")
-        made = TorchDiffusionModel if part == "unet" else flow_model.FlowModel
-        return made(name, module, scheduler, vae, self._max_rows, fingerprint)
+        given = (name, module, scheduler, vae, self._max_rows, fingerprint)
+        return TorchDiffusionModel(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:

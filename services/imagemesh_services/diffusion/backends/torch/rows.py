@@ -28,6 +28,8 @@ class StepRows:
     conditions: Sequence[int] = (-1,)
     # Rows for which the model is changed first.
     own: "StepRows | None" = None
+    # The IP-Adapters that the model has for these rows, and how much each counts.
+    adapted: tuple[tuple[str, float], ...] = ()
 
     def select(self, rows: torch.Tensor) -> torch.Tensor:
         """Of residuals for the run's last conditions, those of this part; conditions that they don't have get -0.0."""

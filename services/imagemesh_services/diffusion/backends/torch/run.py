@@ -16,6 +16,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.backends.torch.adapters import conditions as picture_conditions
+from imagemesh_services.diffusion.backends.torch.adapters import is_condition
 from imagemesh_services.diffusion.backends.torch.families import added_conditions, masks_prompts
 from imagemesh_services.diffusion.backends.torch.freezing import Freezer
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
@@ -54,7 +56,8 @@ class TorchRun:
         # Shorter prompts are padded, where the model lets them be.
         prompt = self._passes_of[-1]["prompt_embeds"].shape[2 if masks_prompts(components.unet) else 1 :]
         shapes = (self._state.latents.shape[1:], prompt)
-        self.key: Hashable = (*shapes, self._state.latents.dtype)
+        told = tuple(one.positive.shape for one in inputs.references)
+        self.key: Hashable = (*shapes, self._state.latents.dtype, components.adapted, told)
 
     def check_timesteps(self) -> None:
         """With ``steps_offset``, the largest step counts lead past what the model was trained on.
@@ -82,7 +85,8 @@ class TorchRun:
 
     def added_conditions(self) -> Mapping[str, Array]:
         self._turn_to_phase()
-        return {name: self._all(name) for name in self._passes_of[0] if name != "prompt_embeds"}
+        names = [name for name in self._passes_of[0] if name != "prompt_embeds" and not is_condition(name)]
+        return {name: self._all(name) for name in names}
 
     def _all(self, name: str) -> Array:
         return to_numpy(torch.cat([one[name] for one in self._passes_of]))
@@ -112,7 +116,8 @@ class TorchRun:
         timestep = self._state.timesteps[self._done]
         given = {name: torch.cat([self._passes_of[one][name] for one in conditions]) for name in self._passes_of[-1]}
         rows = sample.repeat(len(conditions), 1, 1, 1)
-        return StepRows(rows, timestep, given.pop("prompt_embeds"), given, conditions, own)
+        prompts = given.pop("prompt_embeds")
+        return StepRows(rows, timestep, prompts, given, conditions, own, self._components.adapted)
 
     def finish_step(self, prediction: torch.Tensor) -> None:
         """Guidance and the scheduler's step, of the predictions of all passes: those of their own come last.
@@ -195,6 +200,7 @@ class TorchRun:
                     len(inputs.seeds), 1, 1
                 ),
                 **added_conditions(family, inputs, unet, name),
+                **picture_conditions(inputs, unet, name),
             }
             for name in names
         ]

@@ -1,0 +1,1 @@
+"""Reference pictures for IP-Adapters."""
