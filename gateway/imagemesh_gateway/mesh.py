@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from imagemesh.v1 import (
+    controlnet_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     reference_service_pb2_grpc,
@@ -47,6 +48,7 @@ class Mesh:
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
         self.pictures = vae_service_pb2_grpc.VaeServiceStub(self.vae.parcels)
         self.see = vit_service_pb2_grpc.VitServiceStub(self.vit.channel)
+        self.control = controlnet_service_pb2_grpc.ControlNetServiceStub(self.controlnet.channel)
         self.references = reference_service_pb2_grpc.ReferenceServiceStub(self.vit.channel)
         self.preprocessors = Preprocessors(config, self.controlnet)
         self.catalogue = Catalogue(config)

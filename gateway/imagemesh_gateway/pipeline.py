@@ -9,10 +9,11 @@ import numpy as np
 
 from imagemesh.v1 import diffusion_service_pb2, text_encoder_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.controls import Controls, prepare_controls
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.passes import Start, Tensors, Turn, decode_latents, first_start, second_start, turns
-from imagemesh_gateway.pictures import control_picture, describe, encode_png
+from imagemesh_gateway.pictures import describe, encode_png
 from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import DEFAULT_GUIDER, Plan
 from imagemesh_gateway.previews import Previews
@@ -20,7 +21,7 @@ from imagemesh_gateway.references import embed_references
 from imagemesh_gateway.sources import lay_over
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.tensors import Array, to_proto
+from imagemesh_runtime.tensors import Array
 
 SampleResult = diffusion_service_pb2.SampleResult
 EncodedText = text_encoder_service_pb2.EncodeTextResponse
@@ -81,40 +82,8 @@ async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger, turn: Turn | None
     return answer
 
 
-async def _prepare_controls(mesh: Mesh, turn: Turn, ledger: Ledger) -> list[diffusion_service_pb2.ControlUnit]:
-    plan = turn.plan
-    if not plan.controls:
-        return []
-    with ledger.metrics.stage.time("control-pictures"):
-        pictures = [await _control_picture(mesh, turn, i, ledger) for i in range(len(plan.controls))]
-    return [
-        diffusion_service_pb2.ControlUnit(
-            model=unit.model,
-            image=to_proto(picture),
-            scale=unit.scale,
-            start=unit.start,
-            end=unit.end,
-            guess_mode=unit.request.guess_mode,
-            block_weights=unit.request.block_weights,
-            control_type=unit.control_type,
-        )
-        for unit, picture in zip(plan.controls, pictures, strict=True)
-    ]
-
-
-async def _control_picture(mesh: Mesh, turn: Turn, i: int, ledger: Ledger) -> Array:
-    """What the unit follows, at the size of the pass."""
-    picture = await asyncio.to_thread(control_picture, turn.plan, i)
-    wanted = turn.plan.controls[i].preprocess
-    if wanted is None:
-        return picture
-    stage = f"preprocess[{i}]{turn.suffix}"
-    hint, ledger.backends[stage] = await mesh.preprocessors.hint(wanted, picture, ledger.hop(stage))
-    return hint
-
-
 def _sample_request(
-    plan: Plan, conditioning: Tensors, start: Start, controls: list[diffusion_service_pb2.ControlUnit]
+    plan: Plan, conditioning: Tensors, start: Start, controls: Controls
 ) -> diffusion_service_pb2.SampleRequest:
     return diffusion_service_pb2.SampleRequest(
         model=plan.model,
@@ -125,7 +94,8 @@ def _sample_request(
         guidance_scale=plan.guidance_scale,
         scheduler=plan.scheduler,
         seeds=plan.seeds,
-        controls=controls,
+        controls=controls.units,
+        features=controls.features,
         inputs=start.inputs,
         strength=start.strength,
         latent_resize=start.latent_resize,
@@ -144,7 +114,7 @@ async def _denoise(
     mesh: Mesh, turn: Turn, conditioning: Tensors, start: Start, ledger: Ledger
 ) -> AsyncGenerator[pb.GenerateResponse | SampleResult, None]:
     plan = turn.plan
-    controls = await _prepare_controls(mesh, turn, ledger)
+    controls = await prepare_controls(mesh, turn, ledger)
     request = _sample_request(plan, conditioning, start, controls)
     previews = await Previews.of(mesh, plan.model) if plan.preview_every else None
     with ledger.metrics.stage.time("diffusion"):
@@ -160,7 +130,7 @@ async def _denoise(
                     yield pb.GenerateResponse(progress=await _progress(turn, response.progress, previews))
                 elif kind == "result":
                     ledger.backends["diffusion"] = response.result.backend
-                    for i, backend in enumerate(response.result.control_backends):
+                    for i, backend in zip(controls.places, response.result.control_backends, strict=False):
                         ledger.backends[f"controlnet[{i}]"] = backend
                     yield response.result
 

@@ -46,6 +46,8 @@ class ControlPlan:
     preprocess: preprocess_service_pb2.PreprocessRequest | None = None
     # Of a ControlNet-union: which of its kinds the picture is.
     control_type: int | None = None
+    # Whether the model is a T2I-Adapter, which is asked once.
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,5 +212,11 @@ async def _controls(request: pb.GenerateRequest, mesh: Mesh) -> tuple[ControlPla
         kinds = int(model.properties.get("control_types", 0))
         kind = find_control_type(f"controls[{i}].control_type", unit.control_type, kinds)
         preprocess = await mesh.preprocessors.wanted(unit, f"controls[{i}]")
-        plans.append(ControlPlan(model.name, unit, scale, start, end, preprocess, kind))
+        once = model.properties.get("class") == "T2IAdapter"
+        if once and (unit.guess_mode or unit.block_weights):
+            name = "guess_mode" if unit.guess_mode else "block_weights"
+            raise InvalidArgument(
+                f"controls[{i}].{name}", getattr(unit, name), f"absent: {model.name} is a T2I-Adapter"
+            )
+        plans.append(ControlPlan(model.name, unit, scale, start, end, preprocess, kind, once))
     return tuple(plans)

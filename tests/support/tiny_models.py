@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -16,6 +17,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from torch import nn
@@ -81,6 +83,15 @@ def build_controlnet(path: Path, pipeline_path: Path) -> None:
         _widen(controlnet.controlnet_down_blocks)
         _widen(controlnet.controlnet_mid_block)
     controlnet.save_pretrained(path)
+
+
+def build_adapter(path: Path, seed: int, **settings: Any) -> None:
+    """A T2IAdapter with features for the UNet's two down blocks."""
+    shape = {"channels": [32, 64], "num_res_blocks": 1, "downscale_factor": 8}
+    with _seeded(seed):
+        adapter = T2IAdapter(**{**shape, **settings})
+        _widen(adapter)
+    adapter.save_pretrained(path)
 
 
 def build_vit(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
@@ -72,6 +72,26 @@ class ControlModel(Protocol):
         Raises:
             InvalidArgument: the embeddings or the weights don't fit the model.
         """
+
+
+@runtime_checkable
+class PictureAdapter(Protocol):
+    """A loaded T2I-Adapter."""
+
+    def features(self, image: Array) -> Sequence[Array]:
+        """Of a picture, what to add in the UNet's down blocks, float [1, channels, h, w] each; called on the lane.
+
+        Args:
+            image: uint8 [height, width, 3], RGB.
+
+        Raises:
+            InvalidArgument: the picture's sides aren't multiples of what the adapter takes.
+            NotFinite: the adapter gave NaN or infinity.
+        """
+
+
+# What a backend loads.
+Loaded: TypeAlias = ControlModel | PictureAdapter
 
 
 def whole(run: ControlRun, sample: Array, timestep: float) -> Part:

@@ -6,17 +6,17 @@ from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
-from imagemesh_services.controlnet.backend import BACKENDS, ControlModel
+from imagemesh_services.controlnet.backend import BACKENDS, Loaded
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors import backend as preprocessors
 from imagemesh_services.controlnet.preprocessors.servicer import PreprocessServicer
 from imagemesh_services.controlnet.servicer import ControlNetServicer
 
 
-def create(config: ControlNetConfig, lane: Lane) -> ModelServer[ControlModel]:
+def create(config: ControlNetConfig, lane: Lane) -> ModelServer[Loaded]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    models: LoadedModels[ControlModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    models: LoadedModels[Loaded] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
     server = ModelServer(config, metrics, models)
     servicer = ControlNetServicer(config, models, metrics)
     server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService", parcels=True)
@@ -24,9 +24,7 @@ def create(config: ControlNetConfig, lane: Lane) -> ModelServer[ControlModel]:
     return server
 
 
-def _add_preprocessors(
-    server: ModelServer[ControlModel], config: ControlNetConfig, lane: Lane, metrics: Metrics
-) -> None:
+def _add_preprocessors(server: ModelServer[Loaded], config: ControlNetConfig, lane: Lane, metrics: Metrics) -> None:
     backend = choose_backend(preprocessors.BACKENDS, config.backend)(config)
     models: LoadedModels[preprocessors.Annotator] = LoadedModels(backend, lane, metrics)
     servicer = PreprocessServicer(config, models, metrics)

@@ -24,8 +24,8 @@ from imagemesh_runtime.limits import (
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, takes_parcels
 from imagemesh_runtime.registry import LoadedModels
-from imagemesh_runtime.tensors import FLOATS, Array, require_finite
-from imagemesh_services.controlnet.backend import ControlModel, Emit, Part
+from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
+from imagemesh_services.controlnet.backend import Emit, Loaded, Part, PictureAdapter
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.session import Session, Unit
 
@@ -43,7 +43,7 @@ class _Gone(Exception):
 class ControlNetServicer(rpc.ControlNetServiceServicer):
     """A session a generation: what stays the same once, then residuals for every evaluation."""
 
-    def __init__(self, config: ControlNetConfig, models: LoadedModels[ControlModel], metrics: Metrics) -> None:
+    def __init__(self, config: ControlNetConfig, models: LoadedModels[Loaded], metrics: Metrics) -> None:
         self._models = models
         self._metrics = metrics
         self._max_sessions = config.max_queue
@@ -68,6 +68,16 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
                         session, start = await self._start(session, request), request.message.start
         finally:
             self._sessions -= 1
+
+    async def AdaptPicture(self, request: pb.AdaptPictureRequest, context: Any) -> pb.AdaptPictureResponse:
+        image = from_proto(request.image, "image", dtypes=["uint8"], shape=(None, None, 3))
+        _check_picture(image, "image")
+        model = await self._models.get(request.model)
+        if not isinstance(model, PictureAdapter):
+            raise InvalidArgument("model", request.model, "a T2I-Adapter: ControlNets are asked by Control")
+        with self._metrics.stage.time("adapt"):
+            found = await self._models.lane.run(model.features, image)
+        return pb.AdaptPictureResponse(features=map(to_proto, found), backend=self._models.backend.name)
 
     async def _start(self, session: Session | None, request: Request) -> Session:
         said = request.message.WhichOneof("message")
@@ -96,11 +106,12 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
     async def _unit(self, request: Request, index: int) -> Unit:
         unit, field = request.message.start.units[index], f"start.units[{index}]"
         model = await self._models.get(unit.model)
+        if isinstance(model, PictureAdapter):
+            raise InvalidArgument(f"{field}.model", unit.model, "a ControlNet: T2I-Adapters are asked by AdaptPicture")
         check_range(f"{field}.scale", unit.scale, 0, MAX_CONTROL_SCALE)
         check_block_weights(f"{field}.block_weights", unit.block_weights)
         image = request.array(unit.image, f"{field}.image", dtypes=["uint8"], shape=(None, None, 3))
-        for axis in (0, 1):
-            check_size(f"{field}.image.shape[{axis}]", image.shape[axis], 8)
+        _check_picture(image, f"{field}.image")
         kind = unit.control_type if unit.HasField("control_type") else None
         return Unit(model, image, unit.scale, unit.guess_mode, tuple(unit.block_weights), kind)
 
@@ -161,6 +172,11 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         if parts[-1].mid is not None:
             message.mid_residual.CopyFrom(answer.add(parts[-1].mid))
         return answer.seal(message)
+
+
+def _check_picture(image: Array, field: str) -> None:
+    for axis in (0, 1):
+        check_size(f"{field}.shape[{axis}]", image.shape[axis], 8)
 
 
 def _places(step: pb.ControlStep, units: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.checkpoint import Checkpoint
+from imagemesh_services.diffusion.features import PictureFeatures
 from imagemesh_services.diffusion.guiders import CFG, Guider, Passes
 from imagemesh_services.diffusion.phases import Phase, phase_at
 from imagemesh_services.diffusion.references import Reference
@@ -85,6 +86,8 @@ class SampleInputs:
     rounds_up: bool = False
     # Pictures to be like.
     references: Sequence[Reference] = ()
+    # What T2I-Adapters say of pictures.
+    features: Sequence[PictureFeatures] = ()
 
     @property
     def steps_to_do(self) -> int:

@@ -18,6 +18,7 @@ from imagemesh_runtime.parcels import Parcel
 from imagemesh_runtime.tensors import FLOATS, Array
 from imagemesh_services.diffusion.backend import Residuals, Run
 from imagemesh_services.diffusion.controlnets import ControlNets, Share
+from imagemesh_services.diffusion.features import steers
 from imagemesh_services.diffusion.incoming import Incoming
 
 Answer = Parcel[pb.ControlResponse]
@@ -74,8 +75,7 @@ class Control:
         """The places of the units that steer that evaluation of so many, counted as diffusers' pipelines do."""
 
         def works(unit: diffusion_service_pb2.ControlUnit) -> bool:
-            end = unit.end if unit.HasField("end") else 1.0
-            return not (evaluation / evaluations < unit.start or (evaluation + 1) / evaluations > end)
+            return steers(unit.start, unit.end if unit.HasField("end") else 1.0, evaluation, evaluations)
 
         return [place for place, unit in enumerate(self._units) if works(unit)]
 

@@ -22,6 +22,7 @@ from imagemesh_runtime.limits import (
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite
 from imagemesh_services.diffusion.backend import DiffusionModel, ImageInputs, Moments, SampleInputs, Wants
 from imagemesh_services.diffusion.checkpoint import read_message
+from imagemesh_services.diffusion.features import read_features
 from imagemesh_services.diffusion.generation import PATIENCE, Terms
 from imagemesh_services.diffusion.guiders import find_guider
 from imagemesh_services.diffusion.phases import PHASES, check_rows, phases_of
@@ -79,6 +80,7 @@ def read_inputs(request: pb.SampleRequest, model: DiffusionModel) -> SampleInput
         guidable=wants.negative,
         rounds_up=model.rounds_up,
         references=read_references(request, guided),
+        features=read_features(request),
     )
 
 

@@ -40,6 +40,11 @@ class ControlNetServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_controlnet__service__pb2.ControlRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_controlnet__service__pb2.ControlResponse.FromString,
                 _registered_method=True)
+        self.AdaptPicture = channel.unary_unary(
+                '/imagemesh.v1.ControlNetService/AdaptPicture',
+                request_serializer=imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureResponse.FromString,
+                _registered_method=True)
 
 
 class ControlNetServiceServicer:
@@ -55,6 +60,14 @@ class ControlNetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdaptPicture(self, request, context):
+        """Runs a T2I-Adapter (https://arxiv.org/abs/2302.08453), which is asked once a generation: what it says of a picture is
+        the same for every step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlNetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_ControlNetServiceServicer_to_server(servicer, server):
                     servicer.Control,
                     request_deserializer=imagemesh_dot_v1_dot_controlnet__service__pb2.ControlRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_controlnet__service__pb2.ControlResponse.SerializeToString,
+            ),
+            'AdaptPicture': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdaptPicture,
+                    request_deserializer=imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class ControlNetService:
             '/imagemesh.v1.ControlNetService/Control',
             imagemesh_dot_v1_dot_controlnet__service__pb2.ControlRequest.SerializeToString,
             imagemesh_dot_v1_dot_controlnet__service__pb2.ControlResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdaptPicture(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.ControlNetService/AdaptPicture',
+            imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureRequest.SerializeToString,
+            imagemesh_dot_v1_dot_controlnet__service__pb2.AdaptPictureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class ControlNetServiceStub:
     answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
     the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
     """
+    AdaptPicture: _grpc.UnaryUnaryMultiCallable[_controlnet_service_pb2.AdaptPictureRequest, _controlnet_service_pb2.AdaptPictureResponse]
+    """Runs a T2I-Adapter (https://arxiv.org/abs/2302.08453), which is asked once a generation: what it says of a picture is
+    the same for every step.
+    """
 
 @_typing.type_check_only
 class ControlNetServiceAsyncStub(ControlNetServiceStub):
@@ -48,6 +52,10 @@ class ControlNetServiceAsyncStub(ControlNetServiceStub):
     """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
     answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
     the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
+    """
+    AdaptPicture: _aio.UnaryUnaryMultiCallable[_controlnet_service_pb2.AdaptPictureRequest, _controlnet_service_pb2.AdaptPictureResponse]  # type: ignore[assignment]
+    """Runs a T2I-Adapter (https://arxiv.org/abs/2302.08453), which is asked once a generation: what it says of a picture is
+    the same for every step.
     """
 
 class ControlNetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +70,16 @@ class ControlNetServiceServicer(metaclass=_abc_1.ABCMeta):
         """One session a generation: the caller sends `start` once and then one `step` a model evaluation; each step is
         answered by one message, or by several (see ControlStart.by_block). What does not change from step to step crosses
         the wire once. Several ControlNets are summed here, so that they cost the wire what one does.
+        """
+
+    @_abc_1.abstractmethod
+    def AdaptPicture(
+        self,
+        request: _controlnet_service_pb2.AdaptPictureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controlnet_service_pb2.AdaptPictureResponse, _abc.Awaitable[_controlnet_service_pb2.AdaptPictureResponse]]:
+        """Runs a T2I-Adapter (https://arxiv.org/abs/2302.08453), which is asked once a generation: what it says of a picture is
+        the same for every step.
         """
 
 def add_ControlNetServiceServicer_to_server(servicer: ControlNetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

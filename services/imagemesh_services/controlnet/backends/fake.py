@@ -38,8 +38,15 @@ class FakeControlModel:
         return FakeControlRun(inputs)
 
 
+class FakeAdapter:
+    """One feature for the first down block, of one cell: the picture's mean brightness, 0 to 1."""
+
+    def features(self, image: Array) -> list[Array]:
+        return [np.full((1, 1, 1, 1), image.mean() / 255, np.float32)]
+
+
 class FakeControlNet:
-    """Has one model, "fake"."""
+    """Has a ControlNet, "fake", and a T2I-Adapter, "fake-adapter"."""
 
     name, device, dtype = "fake", "cpu", "float32"
     repository = None
@@ -48,7 +55,7 @@ class FakeControlNet:
         """Needs nothing of the configuration."""
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return {"fake": ModelCard("fake")}
+        return {"fake": ModelCard("fake"), "fake-adapter": ModelCard("fake-adapter", {"class": "T2IAdapter"})}
 
-    def load(self, name: str) -> FakeControlModel:
-        return FakeControlModel()
+    def load(self, name: str) -> FakeControlModel | FakeAdapter:
+        return FakeControlModel() if name == "fake" else FakeAdapter()

@@ -4,8 +4,8 @@ Its pictures' latents start as the seed modulo 256, over 256, everywhere. Evalua
 x + (target - x) / (n - i), so that after the last they are the target: the mean of each column of the prompt's
 embeddings, one column a channel, plus guidance_scale - 1 times its distance from the negative prompt's mean at
 evaluations where guidance is on, plus the mean of the middle residual, plus the mean of each reference's embedding
-times its scale. One evaluation is one step. Prompts that change
-move the target. Of guiders it knows "CFG" alone, with its start and stop.
+times its scale, plus the mean of the means of each T2I-Adapter's features times their scale. One evaluation is one
+step. Prompts that change move the target. Of guiders it knows "CFG" alone, with its start and stop.
 
 A variation moves that start towards the other seed's in a straight line. With a picture they start at strength times
 that, plus 1 - strength times the picture's mean; with a mask, cells whose upper left pixel isn't masked are the
@@ -24,6 +24,7 @@ from imagemesh_runtime.tensors import Array, require_finite
 from imagemesh_services.diffusion.backend import Late, Moments, Run, SampleInputs, Steering, Wants
 from imagemesh_services.diffusion.checkpoint import FIELD, Checkpoint, check_names
 from imagemesh_services.diffusion.config import DiffusionConfig
+from imagemesh_services.diffusion.features import steers
 from imagemesh_services.diffusion.guiders import CFG, Guider
 from imagemesh_services.diffusion.phases import Phase, told_in
 
@@ -65,6 +66,9 @@ class FakeRun:
             target = target + (self._inputs.guidance_scale - 1) * (target - negative)
         for one in self._inputs.references:
             target = target + np.float32(one.scale * one.positive.mean())
+        for features in self._inputs.features:
+            if steers(features.start, features.end, self._done, self.evaluations):
+                target = target + np.float32(features.scale * np.mean([one.mean() for one in features.tensors]))
         found: Array = target[:, None, None]
         return found
 

@@ -5,12 +5,13 @@ from contextlib import suppress
 from typing import Any, Final
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import ControlInputs, Emit
+from imagemesh_services.controlnet.backends.torch.adapter import TorchAdapter
 from imagemesh_services.controlnet.backends.torch.producing import Produced, producing
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.repository import open_repository
@@ -18,7 +19,7 @@ from imagemesh_services.torch_support import load_module, pick_device, pick_dtyp
 
 _USUAL_TYPES: Final = 6  # diffusers' own, where a config.json leaves it out
 # The classes of the folders that are loaded.
-CLASSES: Final[Mapping[str, Any]] = {one.__name__: one for one in (ControlNetModel, ControlNetUnionModel)}
+CLASSES: Final[Mapping[str, Any]] = {one.__name__: one for one in (ControlNetModel, ControlNetUnionModel, T2IAdapter)}
 
 
 class TorchControlRun:
@@ -133,7 +134,7 @@ class TorchControlModel:
 
 
 class TorchControlNet:
-    """Runs folders that hold a ControlNetModel or a ControlNetUnionModel."""
+    """Runs folders that hold a ControlNetModel, a ControlNetUnionModel or a T2IAdapter."""
 
     name = "torch"
 
@@ -148,10 +149,11 @@ class TorchControlNet:
         folders = self.repository.folders().values()
         return {folder.name: _card(folder) for folder in folders if folder.config.get("_class_name") in CLASSES}
 
-    def load(self, name: str) -> TorchControlModel:
+    def load(self, name: str) -> TorchControlModel | TorchAdapter:
         folder = self.repository.folders()[name]
         cls = CLASSES[folder.config["_class_name"]]
-        return TorchControlModel(load_module(cls, folder.path, self._dtype, self._device))
+        module = load_module(cls, folder.path, self._dtype, self._device)
+        return TorchAdapter(name, module) if cls is T2IAdapter else TorchControlModel(module)
 
 
 def _card(folder: ModelFolder) -> ModelCard:

@@ -68,9 +68,11 @@ class FlowModel:
                 "inputs", ["mask"], f"a map without it: {self._family.name} redraws whole pictures here"
             )
         check_image(inputs, self._family.channels(self.transformer.config), self.scale_factor, inpaints=False)
-        if inputs.references:
-            allowed = f"none: {self._family.name} has no IP-Adapters here"
-            raise InvalidArgument("references", f"{len(inputs.references)} pictures", allowed)
+        for name, given in (("references", inputs.references), ("features", inputs.features)):
+            if given:
+                raise InvalidArgument(
+                    name, f"{len(given)} pictures", f"none: {self._family.name} takes no adapters here"
+                )
         self._check_widths(inputs)
         self._check_guider(inputs.guider)
         components = self._components(inputs)

@@ -19,6 +19,7 @@ from imagemesh_services.diffusion.backend import Late, Run, SampleInputs, Steeri
 from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.adapters import Adapters, as_added
 from imagemesh_services.diffusion.backends.torch.families import family_of
+from imagemesh_services.diffusion.backends.torch.features import taken_out
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.injection import Injection, parted
 from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
@@ -150,8 +151,11 @@ class TorchDiffusionModel:
         for start in range(0, len(sample), self._max_rows):
             rows = slice(start, min(start + self._max_rows, len(sample)))
             more: dict[str, Any] = {}
-            if added:
-                more["added_cond_kwargs"] = as_added({name: values[rows] for name, values in added.items()})
+            conditions, features = taken_out({name: values[rows] for name, values in added.items()})
+            if conditions:
+                more["added_cond_kwargs"] = as_added(conditions)
+            if features:
+                more["down_intrablock_additional_residuals"] = features
             if mask is not None:
                 more["encoder_attention_mask"] = mask[rows]
             time = timestep[rows] if timestep.dim() else timestep
@@ -181,9 +185,10 @@ class TorchDiffusionModel:
         except Exception as error:
             if len(begun) > 1:
                 return [found for one in begun for found in self._predict([one], residuals)]
-            (i, _), steered = begun[0], residuals[begun[0][0]] is not None
-            misfit = FailedPrecondition(f"the ControlNet's residuals don't fit the model: {error}")
-            return [(i, misfit if steered and isinstance(error, RuntimeError) else error)]
+            (i, part), steered = begun[0], residuals[begun[0][0]] is not None
+            who = "ControlNet's residuals" if steered else "T2I-Adapter's features" if part.featured else ""
+            misfit = FailedPrecondition(f"the {who} don't fit the model: {error}")
+            return [(i, misfit if who and isinstance(error, RuntimeError) else error)]
         split = torch.split(predicted, [len(part.sample) for part in parts])
         return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
 

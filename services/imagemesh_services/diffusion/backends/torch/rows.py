@@ -22,7 +22,7 @@ class StepRows:
     sample: torch.Tensor
     timestep: torch.Tensor
     prompts: torch.Tensor
-    # ``added_cond_kwargs`` of families that have such, each [rows, width].
+    # ``added_cond_kwargs`` of families that have such, and what adapters say, each with a row for each row.
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     # Which of the run's conditions the rows are of, as many rows each; counted from the last.
     conditions: Sequence[int] = (-1,)
@@ -30,6 +30,11 @@ class StepRows:
     own: "StepRows | None" = None
     # The IP-Adapters that the model has for these rows, and how much each counts.
     adapted: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def featured(self) -> bool:
+        """Whether T2I-Adapters have a say."""
+        return any(name.startswith("features.") for name in self.added)
 
     def select(self, rows: torch.Tensor) -> torch.Tensor:
         """Of residuals for the run's last conditions, those of this part; conditions that they don't have get -0.0."""

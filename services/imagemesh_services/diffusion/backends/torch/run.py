@@ -19,6 +19,7 @@ from imagemesh_services.diffusion.backend import SampleInputs
 from imagemesh_services.diffusion.backends.torch.adapters import conditions as picture_conditions
 from imagemesh_services.diffusion.backends.torch.adapters import is_condition
 from imagemesh_services.diffusion.backends.torch.families import added_conditions, masks_prompts
+from imagemesh_services.diffusion.backends.torch.features import Features
 from imagemesh_services.diffusion.backends.torch.freezing import Freezer
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.preview import clean_latents
@@ -56,7 +57,8 @@ class TorchRun:
         # Shorter prompts are padded, where the model lets them be.
         prompt = self._passes_of[-1]["prompt_embeds"].shape[2 if masks_prompts(components.unet) else 1 :]
         shapes = (self._state.latents.shape[1:], prompt)
-        told = tuple(one.positive.shape for one in inputs.references)
+        self._features = Features(inputs, components.unet)
+        told = (*(one.positive.shape for one in inputs.references), *(one.shapes for one in inputs.features[:1]))
         self.key: Hashable = (*shapes, self._state.latents.dtype, components.adapted, told)
 
     def check_timesteps(self) -> None:
@@ -117,6 +119,7 @@ class TorchRun:
         given = {name: torch.cat([self._passes_of[one][name] for one in conditions]) for name in self._passes_of[-1]}
         rows = sample.repeat(len(conditions), 1, 1, 1)
         prompts = given.pop("prompt_embeds")
+        given |= self._features.rows(self._done, self.evaluations, len(rows))
         return StepRows(rows, timestep, prompts, given, conditions, own, self._components.adapted)
 
     def finish_step(self, prediction: torch.Tensor) -> None:
