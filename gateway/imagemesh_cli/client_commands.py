@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
-from imagemesh_client import Choice, Client, Control, GenerateOptions, Generation, Hires, Model, Reference
+from imagemesh_client import (
+    Choice,
+    Client,
+    Control,
+    ControlSavings,
+    GenerateOptions,
+    Generation,
+    Hires,
+    Model,
+    Reference,
+)
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.findings import A_MODEL
 
@@ -60,6 +70,7 @@ def generation_options(args: Namespace) -> GenerateOptions:
         literal_prompt=args.literal_prompt,
         controls=_controls(args),
         references=_references(args),
+        control_savings=_savings(args),
         image=args.image,
         strength=args.strength,
         mask=args.mask,
@@ -104,6 +115,11 @@ def _each(args: Namespace, what: str, names: Iterable[str]) -> Iterator[tuple[Pa
             raise InvalidArgument(f"--{what}-{name}", counted(len(values), "time"), allowed)
     for file, *row in zip_longest(files, *options.values()):
         yield file, {name: one for name, one in zip(options, row, strict=True) if one is not None}
+
+
+def _savings(args: Namespace) -> ControlSavings | None:
+    savings = ControlSavings(args.control_reuse, args.control_conditional_only, args.control_rounding)
+    return None if savings == ControlSavings() else savings
 
 
 def _references(args: Namespace) -> list[Reference]:

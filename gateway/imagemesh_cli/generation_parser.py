@@ -98,6 +98,15 @@ def _controls(parser: ArgumentParser) -> None:
     )  # fmt: skip
     add("--control-type", action="append", default=[], metavar="NAME", help="of a ControlNet-union: which kind of "
         "picture it is, such as canny or depth")  # fmt: skip
+    add("--control-reuse", type=whole(1), default=1, metavar="N", help="ask the ControlNets at every N-th step, which "
+        "changes the picture (default: at each)")  # fmt: skip
+    add(
+        "--control-conditional-only",
+        action="store_true",
+        help="steer the prompt's half alone, which changes the picture",
+    )
+    add("--control-rounding", choices=["int8", "fp8"], default="", help="send residuals in 8 bits, which changes the "
+        "picture")  # fmt: skip
     add("--guess-mode", action="store_true", help="the pictures count more than the prompt")
 
 

@@ -86,6 +86,7 @@ def _parameters(parameters: pb.GenerateParameters) -> Parameters:
         backends=dict(parameters.backends),
         guider=parameters.guider,
         guider_options=dict(parameters.guider_options),
+        lossy=dict(parameters.lossy),
         variation_seed=parameters.variation_seed if parameters.HasField("variation_seed") else None,
         variation_strength=parameters.variation_strength,
     )

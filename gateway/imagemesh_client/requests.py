@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, Unpack
 
+from imagemesh.v1 import diffusion_service_pb2, priority_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import priority_pb2
 from imagemesh_client.fields import UINT32, UINT64, whole_or_absent
 from imagemesh_client.fields import number as _number
 from imagemesh_client.fields import text as _text
 from imagemesh_client.fields import whole as _whole
 from imagemesh_client.images import ImageInput, image_to_proto
 from imagemesh_client.preprocessing import parameters_to_proto
-from imagemesh_client.types import Control, Hires, Reference
+from imagemesh_client.types import Control, ControlSavings, Hires, Reference
 from imagemesh_runtime.errors import InvalidArgument
 
 PriorityName = Literal["interactive", "normal", "batch"]
@@ -88,7 +88,22 @@ class ReferenceOptions(TypedDict, total=False):
     references: Iterable[Reference]
 
 
-class _Shared(SourceOptions, NoiseOptions, CourseOptions, PromptOptions, GuiderOptions, ReferenceOptions, total=False):
+class SavingsOptions(TypedDict, total=False):
+    """What to save."""
+
+    control_savings: ControlSavings | None
+
+
+class _Shared(
+    SourceOptions,
+    NoiseOptions,
+    CourseOptions,
+    PromptOptions,
+    GuiderOptions,
+    ReferenceOptions,
+    SavingsOptions,
+    total=False,
+):
     """What ``GenerateOptions`` and ``MoreOptions`` both have."""
 
 
@@ -233,8 +248,20 @@ def _source(options: MoreOptions) -> dict[str, Any]:
     }
 
 
+def _savings(savings: ControlSavings | None) -> diffusion_service_pb2.ControlSavings | None:
+    if savings is None:
+        return None
+    return diffusion_service_pb2.ControlSavings(
+        reuse_steps=_whole("control_savings.reuse_steps", savings.reuse_steps, UINT32),
+        conditional_only=bool(savings.conditional_only),
+        residuals=_text("control_savings.residuals", savings.residuals),
+    )
+
+
 def _references(options: MoreOptions) -> dict[str, Any]:
-    return {"references": [_reference(f"references[{i}]", one) for i, one in enumerate(options.get("references", ()))]}
+    """The fields of ``ReferenceOptions`` and ``SavingsOptions``."""
+    references = [_reference(f"references[{i}]", one) for i, one in enumerate(options.get("references", ()))]
+    return {"references": references, "control_savings": _savings(options.get("control_savings"))}
 
 
 def _reference(field: str, reference: Reference) -> pb.GenerateReference:

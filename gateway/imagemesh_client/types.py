@@ -51,6 +51,21 @@ class Control:
 
 
 @dataclass(frozen=True)
+class ControlSavings:
+    """What to save on the ControlNets; each changes the picture, and is named in ``Parameters.lossy``.
+
+    Attributes:
+        reuse_steps: ask at every so many steps, and take the same residuals between; 1: at each.
+        conditional_only: steer the prompt's half alone, and not the negative prompt's.
+        residuals: round them to 8 bits on the wire: "int8" or "fp8"; empty: not at all.
+    """
+
+    reuse_steps: int = 1
+    conditional_only: bool = False
+    residuals: str = ""
+
+
+@dataclass(frozen=True)
 class Reference:
     """A picture to be like, by an IP-Adapter.
 
@@ -136,6 +151,8 @@ class Parameters:
     guider: str = ""
     # JSON values by name, as far as the request set them.
     guider_options: Mapping[str, str] = field(default_factory=dict)
+    # What was saved at the picture's cost, such as "control_residuals" to "int8".
+    lossy: Mapping[str, str] = field(default_factory=dict)
     # None: the noise was not varied.
     variation_seed: int | None = None
     variation_strength: float = 0.0

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, priority_pb2
+from imagemesh.v1.diffusion_service_pb2 import ControlSavings
 from imagemesh_runtime.limits import (
     MAX_BLOCK_WEIGHTS,
     MAX_CONTROL_SCALE,
@@ -98,6 +99,10 @@ ALLOWED: Final = {
     "controls.guess_mode": "true or false",
     "controls.block_weights": f"a list of at most {MAX_BLOCK_WEIGHTS} numbers, each {_WEIGHT}",
     "controls.control_type": _TEXT,
+    "control_savings": "an object of reuse_steps, conditional_only and residuals",
+    "control_savings.reuse_steps": f"0 to {MAX_STEPS}",
+    "control_savings.conditional_only": "true or false",
+    "control_savings.residuals": "an empty string, int8 or fp8",
     "references": f"a list of at most {MAX_REFERENCES} objects with an image",
     "references.image": _PICTURE,
     "references.adapter": _TEXT,
@@ -156,6 +161,14 @@ class ControlBody(Strict):
         return pb.GenerateControl(**self.fields() | given)
 
 
+class SavingsBody(Strict):
+    """What to save on the ControlNets, which changes the picture."""
+
+    reuse_steps: int = Field(0, ge=0, le=MAX_STEPS, description="Ask at every so many steps; 0 or 1: at each.")
+    conditional_only: bool = Field(False, description="Steer the prompt's half alone.")
+    residuals: Literal["", "int8", "fp8"] = Field("", description="Round residuals on the wire.")
+
+
 class ReferenceBody(Strict):
     """A picture to be like, by an IP-Adapter."""
 
@@ -198,6 +211,7 @@ class GenerateBody(Strict):
     priority: PriorityName = "normal"
     hires: HiresBody | None = None
     controls: list[ControlBody] = Field(default_factory=list, max_length=MAX_CONTROLS)
+    control_savings: SavingsBody | None = None
     references: list[ReferenceBody] = Field(default_factory=list, max_length=MAX_REFERENCES)
 
     def to_proto(self) -> pb.GenerateRequest:
@@ -224,5 +238,6 @@ _CHANGED: Final[Mapping[str, Callable[[Any], Any]]] = {
     "priority": lambda name: priority_pb2.Priority.Value(f"PRIORITY_{name.upper()}"),
     "hires": lambda one: pb.GenerateHires(**one.fields()),
     "controls": lambda units: [unit.to_proto() for unit in units],
+    "control_savings": lambda one: ControlSavings(**one.fields()),
     "references": lambda pictures: [one.to_proto() for one in pictures],
 }

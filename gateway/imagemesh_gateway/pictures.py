@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -22,8 +23,8 @@ def encode_png(image: Array, parameters: str) -> bytes:
     return file.getvalue()
 
 
-def describe(plan: Plan, scheduler: str, index: int) -> str:
-    """What made a picture of the plan, in the form that AUTOMATIC1111's tools read."""
+def describe(plan: Plan, scheduler: str, index: int, lossy: Mapping[str, str]) -> str:
+    """What made a picture of the plan, and what was saved at its cost, in the form that AUTOMATIC1111's tools read."""
     lines = [plan.prompt]
     if plan.negative_prompt:
         lines.append(f"Negative prompt: {plan.negative_prompt}")
@@ -53,6 +54,7 @@ def describe(plan: Plan, scheduler: str, index: int) -> str:
         fields[f"ControlNet {i}"] = f'"{_control(unit)}"'
     for i, one in enumerate(plan.references):
         fields[f"IP-Adapter {i}"] = f'"Model: {one.adapter}, Weight: {one.scale:g}"'
+    fields |= {name.replace("_", " ").capitalize(): value for name, value in sorted(lossy.items())}
     if plan.clip_skip:
         fields["Clip skip"] = plan.clip_skip + 1  # its users count from 1
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))

@@ -96,6 +96,7 @@ def _sample_request(
         seeds=plan.seeds,
         controls=controls.units,
         features=controls.features,
+        control_savings=plan.savings if controls.units else None,
         inputs=start.inputs,
         strength=start.strength,
         latent_resize=start.latent_resize,
@@ -149,7 +150,8 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
     scheduler = plan.scheduler or plan.own_scheduler or sampled.scheduler
     with ledger.metrics.stage.time("png"):
         files = [
-            await asyncio.to_thread(encode_png, image, describe(plan, scheduler, i)) for i, image in enumerate(images)
+            await asyncio.to_thread(encode_png, image, describe(plan, scheduler, i, sampled.lossy))
+            for i, image in enumerate(images)
         ]
     parameters = pb.GenerateParameters(
         prompt=plan.prompt,
@@ -167,6 +169,7 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         variation_strength=plan.variation_strength,
         guider=plan.guider or DEFAULT_GUIDER,
         guider_options=plan.guider_options,
+        lossy=sampled.lossy,
     )
     pictures = [pb.GeneratedImage(png=png, seed=seed) for png, seed in zip(files, plan.seeds, strict=True)]
     return pb.GenerateResult(id=plan.id, images=pictures, parameters=parameters, timings=ledger.timings())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2, priority_pb2
+from imagemesh.v1.diffusion_service_pb2 import ControlSavings
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
 from imagemesh_gateway.references import ReferencePlan, reference_plans
@@ -25,6 +26,7 @@ from imagemesh_runtime.limits import (
     check_range,
     check_size,
 )
+from imagemesh_runtime.savings import check_savings
 
 # For models that don't say what suits them.
 DEFAULT_STEPS = 20
@@ -86,6 +88,8 @@ class Plan:
     literal_prompt: bool = False
     # Pictures to be like.
     references: tuple[ReferencePlan, ...] = ()
+    # What to save on the ControlNets.
+    savings: ControlSavings = field(default_factory=ControlSavings)
 
     @property
     def guided(self) -> bool:
@@ -100,8 +104,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         InvalidArgument: a value isn't allowed.
         NotFound: there is no such model.
     """
-    check_prompt("prompt", request.prompt)
-    check_prompt("negative_prompt", request.negative_prompt)
+    _check_prompts(request)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
     steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
@@ -132,7 +135,13 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         inpaints=model.properties.get("needs") == "mask",
         literal_prompt=request.literal_prompt,
         references=await reference_plans(request, mesh),
+        savings=_savings(request),
     )
+
+
+def _check_prompts(request: pb.GenerateRequest) -> None:
+    check_prompt("prompt", request.prompt)
+    check_prompt("negative_prompt", request.negative_prompt)
 
 
 def _steps_and_guidance(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, float]:
@@ -197,6 +206,11 @@ def _variation_seeds(request: pb.GenerateRequest, count: int) -> tuple[int, ...]
     seed = request.variation_seed if request.HasField("variation_seed") else secrets.randbelow(2**32)
     check_range("variation_seed", seed, 0, MAX_SEED - count)
     return tuple(range(seed, seed + count))
+
+
+def _savings(request: pb.GenerateRequest) -> ControlSavings:
+    check_savings(request.control_savings, len(request.controls))
+    return request.control_savings
 
 
 async def _controls(request: pb.GenerateRequest, mesh: Mesh) -> tuple[ControlPlan, ...]:

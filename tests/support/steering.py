@@ -52,9 +52,9 @@ class Steered:
         """Those that the service has given out."""
         return list(self.server._leases._leases.values())
 
-    def control(self, *scales: float) -> Any:
+    def control(self, *scales: float, rounding: str = "") -> Any:
         """A session, a unit a scale."""
-        return steer(self.peer, self._model, *scales)
+        return steer(self.peer, self._model, *scales, rounding=rounding)
 
     async def residuals(self, *timesteps: float) -> list[Residuals]:
         """What one session answers."""
@@ -73,13 +73,15 @@ async def ask(control: Control, timestep: float = 601.0, places: Sequence[int] |
     return Residuals(incoming.down, incoming.mid)
 
 
-def steer(peer: Peer, model: str, *scales: float, guess: bool = False) -> AbstractAsyncContextManager[Control]:
+def steer(
+    peer: Peer, model: str, *scales: float, guess: bool = False, rounding: str = ""
+) -> AbstractAsyncContextManager[Control]:
     """A session with a ControlNet service, a unit a scale."""
     picture = to_proto(PICTURE)
     units = [
         diffusion_service_pb2.ControlUnit(model=model, image=picture, scale=scale, guess_mode=guess) for scale in scales
     ]
-    return open_control(ControlNets([peer]), units, TOLD, 1, 30)
+    return open_control(ControlNets([peer]), units, TOLD, 1, 30, rounding)
 
 
 @asynccontextmanager

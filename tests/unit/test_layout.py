@@ -112,8 +112,8 @@ def test_every_module_says_what_it_is_for():
 
 
 PUBLIC = [
-    "AsyncClient", "Choice", "Classification", "Client", "Control", "DeadlineExceeded", "EmbedOptions",
-    "Embeddings", "Event", "GenerateOptions",
+    "AsyncClient", "Choice", "Classification", "Client", "Control", "ControlSavings", "DeadlineExceeded",
+    "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
     "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
     "PreprocessorParameter", "Progress", "Queued", "Reference", "RemoteError", "Result",

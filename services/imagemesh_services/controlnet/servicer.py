@@ -24,6 +24,7 @@ from imagemesh_runtime.limits import (
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, takes_parcels
 from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.savings import check_rounding, rounded
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
 from imagemesh_services.controlnet.backend import Emit, Loaded, Part, PictureAdapter
 from imagemesh_services.controlnet.config import ControlNetConfig
@@ -99,6 +100,7 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         check_range(f"{field}.shape[1]", embeddings.shape[1], 1, MAX_TOKENS)
         check_pixels(field, (rows + 1) // 2, size[1], size[0])
         check_range("start.negative_rows", start.negative_rows, 0, rows - 1)
+        check_rounding("start.residuals", start.residuals)
         added = {name: _added(name, request, rows) for name in sorted(start.added_conditions)}
         embeddings = require_finite(embeddings, field)
         return await self._models.lane.run(Session, units, embeddings, added, start.negative_rows)
@@ -135,7 +137,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
                 if part.mid is not None:
                     self._metrics.batch_size.observe(len(sample))
                 if start.by_block or part.mid is not None:
-                    yield self._response(held)
+                    rounds = start.residuals
+                    yield await asyncio.to_thread(self._response, held, rounds) if rounds else self._response(held)
                     held = []
 
     async def _parts(self, produce: Callable[[Emit], None]) -> AsyncGenerator[Part, None]:
@@ -165,12 +168,18 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             await self._models.lane.run(produce, emit)
         self._metrics.queue_wait.observe(current_call().queue_seconds - waited)
 
-    def _response(self, parts: list[Part]) -> Response:
-        answer = Response()
-        down = [answer.add(one) for part in parts for one in part.down]
-        message = pb.ControlResponse(down_residuals=down, backend=self._models.backend.name)
+    def _response(self, parts: list[Part], rounding: str = "") -> Response:
+        answer, message = Response(), pb.ControlResponse(backend=self._models.backend.name)
+        for residual in (one for part in parts for one in part.down):
+            values, scales = rounded(residual, rounding) if rounding else (residual, None)
+            message.down_residuals.append(answer.add(values))
+            if scales is not None:
+                message.down_scales.append(answer.add(scales))
         if parts[-1].mid is not None:
-            message.mid_residual.CopyFrom(answer.add(parts[-1].mid))
+            values, scales = rounded(parts[-1].mid, rounding) if rounding else (parts[-1].mid, None)
+            message.mid_residual.CopyFrom(answer.add(values))
+            if scales is not None:
+                message.mid_scales.CopyFrom(answer.add(scales))
         return answer.seal(message)
 
 

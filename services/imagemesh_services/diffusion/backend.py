@@ -1,7 +1,7 @@
 """The seam between the diffusion service and what runs the model."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from imagemesh_runtime.registry import BackendEntry
@@ -12,6 +12,7 @@ from imagemesh_services.diffusion.guiders import CFG, Guider, Passes
 from imagemesh_services.diffusion.phases import Phase, phase_at
 from imagemesh_services.diffusion.references import Reference
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
+from imagemesh_services.diffusion.thrift import Savings
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class SampleInputs:
     references: Sequence[Reference] = ()
     # What T2I-Adapters say of pictures.
     features: Sequence[PictureFeatures] = ()
+    # What is saved on ControlNets.
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def steps_to_do(self) -> int:

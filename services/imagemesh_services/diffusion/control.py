@@ -12,9 +12,11 @@ import numpy as np
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
+from imagemesh.v1.tensor_pb2 import Tensor
 from imagemesh_runtime.client import Peer, Session
 from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError
 from imagemesh_runtime.parcels import Parcel
+from imagemesh_runtime.savings import ROUNDINGS, restored
 from imagemesh_runtime.tensors import FLOATS, Array
 from imagemesh_services.diffusion.backend import Residuals, Run
 from imagemesh_services.diffusion.controlnets import ControlNets, Share
@@ -116,7 +118,9 @@ async def _end(tasks: Sequence[asyncio.Task[Residuals]]) -> None:
 class _Asked:
     """A session with a service about some of the units; with another that has them, when it fails."""
 
-    def __init__(self, units: Units, share: Share, nets: ControlNets, negative_rows: int, timeout: float) -> None:
+    def __init__(
+        self, units: Units, share: Share, nets: ControlNets, negative_rows: int, timeout: float, rounding: str
+    ) -> None:
         self.places = share.places
         self.backend = ""
         self._units = [units[place] for place in share.places]
@@ -124,6 +128,7 @@ class _Asked:
         self._nets = nets
         self._negative_rows = negative_rows
         self._timeout = timeout
+        self._rounding = rounding
         self._session: Session[Answer] | None = None
         self._told: Told | None = None
 
@@ -167,16 +172,28 @@ class _Asked:
             told, at = answer.message, len(down)
             if at + len(told.down_residuals) > _MAX_RESIDUALS:
                 raise InvalidArgument("down_residuals", f"over {_MAX_RESIDUALS}", f"at most {_MAX_RESIDUALS}")
-            for i, one in enumerate(told.down_residuals, start=at):
-                down.append(answer.array(one, f"down_residuals[{i}]", dtypes=FLOATS))
+            for i, one in enumerate(told.down_residuals):
+                scales = told.down_scales[i] if i < len(told.down_scales) else None
+                down.append(self._read(answer, f"down_residuals[{at + i}]", one, scales))
             self.backend = told.backend
             if told.HasField("mid_residual"):
-                found = Residuals(down, answer.array(told.mid_residual, "mid_residual", dtypes=FLOATS))
+                scales = told.mid_scales if told.HasField("mid_scales") else None
+                found = Residuals(down, self._read(answer, "mid_residual", told.mid_residual, scales))
                 first()
                 return found
             if len(down) == at:
                 raise InvalidArgument("down_residuals", "an empty message", "one with residuals")
             first()
+
+    def _read(self, answer: Answer, field: str, residual: Tensor, scales: Tensor | None) -> Array:
+        if not self._rounding:
+            return answer.array(residual, field, dtypes=FLOATS)
+        dtype = ROUNDINGS[self._rounding][0].name
+        values = answer.array(residual, field, dtypes=[dtype], shape=(None, None, None, None))
+        if scales is None:
+            raise InvalidArgument(f"{field}'s scales", "nothing", "a tensor: it is rounded")
+        path = f"scales of {field}"
+        return restored(values, answer.array(scales, path, dtypes=["float32"], shape=values.shape[:2]))
 
     def _step(self, question: Question) -> Parcel[pb.ControlRequest]:
         parcel = Parcel[pb.ControlRequest]()
@@ -215,6 +232,7 @@ class _Asked:
             added_conditions=parcel.add_map(told.added),
             by_block=True,
             negative_rows=self._negative_rows,
+            residuals=self._rounding,
         )
         await session.send(parcel.seal(pb.ControlRequest(start=start)))
         self._told = told
@@ -229,13 +247,13 @@ class _Asked:
 
 @asynccontextmanager
 async def open_control(
-    nets: ControlNets, units: Units, told: Told, negative_rows: int, timeout_seconds: float
+    nets: ControlNets, units: Units, told: Told, negative_rows: int, timeout_seconds: float, rounding: str = ""
 ) -> AsyncIterator[Control]:
     """Start the sessions that the units take."""
     async with AsyncExitStack() as stack:
         asked = []
         for share in await nets.share([unit.model for unit in units]):
-            one = _Asked(units, share, nets, negative_rows, timeout_seconds)
+            one = _Asked(units, share, nets, negative_rows, timeout_seconds, rounding)
 
             async def end(kind: object, error: BaseException | None, trace: object, one: _Asked = one) -> None:
                 await one.close(error)

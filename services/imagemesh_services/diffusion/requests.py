@@ -29,6 +29,7 @@ from imagemesh_services.diffusion.phases import PHASES, check_rows, phases_of
 from imagemesh_services.diffusion.references import read_references
 from imagemesh_services.diffusion.scheduler_options import with_options
 from imagemesh_services.diffusion.schedulers import find_scheduler
+from imagemesh_services.diffusion.thrift import read_savings
 
 # A picture's latents, as the VAE answers, and the same of the picture without what is redrawn.
 _MOMENTS = ("image_mean", "image_log_variance")
@@ -81,6 +82,7 @@ def read_inputs(request: pb.SampleRequest, model: DiffusionModel) -> SampleInput
         rounds_up=model.rounds_up,
         references=read_references(request, guided),
         features=read_features(request),
+        savings=read_savings(request),
     )
 
 

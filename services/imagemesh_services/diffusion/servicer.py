@@ -12,6 +12,7 @@ from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, ModelCard
+from imagemesh_runtime.savings import lossy
 from imagemesh_runtime.tensors import map_to_proto, to_proto
 from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
 from imagemesh_services.diffusion.checkpoint import request_digest, to_message
@@ -78,7 +79,10 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             with self._metrics.stage.time("sample"):
                 async with aclosing(self.engine.sample(model, inputs, control, terms)) as events:
                     async for event in events:
-                        yield self._response(event, inputs.steps_to_do, fingerprint)
+                        response = self._response(event, inputs.steps_to_do, fingerprint)
+                        if response.HasField("result"):
+                            response.result.lossy.update(lossy(request.control_savings))
+                        yield response
         except (asyncio.CancelledError, GeneratorExit):
             if not current_call().expired():
                 self._metrics.cancelled.inc()
@@ -136,5 +140,6 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
                 "this diffusion service has no ControlNet service: set IMAGEMESH_DIFFUSION_CONTROLNET"
             )
         nets, timeout = self._controlnets, self._config.control_timeout_seconds
-        negative = len(inputs.seeds) if inputs.guided else 0
-        return lambda told: open_control(nets, request.controls, told, negative, timeout)
+        savings = inputs.savings
+        negative = len(inputs.seeds) if inputs.guided and not savings.conditional_only else 0
+        return lambda told: open_control(nets, request.controls, told, negative, timeout, savings.residuals)

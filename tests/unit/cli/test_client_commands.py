@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imagemesh.v1 import diffusion_service_pb2, image_pb2, priority_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_runtime.errors import InternalError, InvalidArgument, NotFound, Overloaded
 from tests.support.recording_gateway import RecordingGateway, png
 from tests.unit.cli.conftest import Run
@@ -24,6 +24,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--mask-padding", 8, "--hires", "128x144", "--hires-upscaler", "Lanczos", "--hires-steps", 9,
         "--hires-strength", 0.25,
         "--priority", "batch", "--literal-prompt", "--control-type", "depth",
+        "--control-reuse", 3, "--control-conditional-only", "--control-rounding", "int8",
         "--reference", edges, "--reference-adapter", "plus", "--reference-scale", 0.5, "--reference", edges,
         "--guider", "PAG", "--guider-option", "perturbed_guidance_scale=2", "--guider-option", "stop=0.8",
         "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
@@ -41,6 +42,7 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         hires=pb.GenerateHires(width=128, height=144, upscaler="Lanczos", steps=9, strength=0.25),
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'},
         guider="PAG", guider_options={"perturbed_guidance_scale": "2", "stop": "0.8"},
+        control_savings=diffusion_service_pb2.ControlSavings(reuse_steps=3, conditional_only=True, residuals="int8"),
         references=[
             pb.GenerateReference(image=image, adapter="plus", scale=0.5), pb.GenerateReference(image=image, scale=1.0)
         ],

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagemesh.v1 import diffusion_service_pb2, image_pb2, priority_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2
 from imagemesh_client import (
     AsyncClient,
     Client,
     Control,
+    ControlSavings,
     Hires,
     InvalidArgument,
     Progress,
@@ -41,6 +42,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             priority="batch", scheduler_options={"solver_order": 3, "timestep_spacing": "trailing"},
             guider="PAG", guider_options={"stop": 0.8, "perturbed_guidance_layers": ["mid_block", "up_blocks.0"]},
             references=[Reference(b"like", "adapter", 0.5), Reference(b"this")],
+            control_savings=ControlSavings(3, True, "fp8"),
             preview_every=5, mask_padding=0, literal_prompt=True, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
@@ -54,6 +56,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
         invert_mask=True, mask_blur=3, keep_unmasked=True, priority=priority_pb2.PRIORITY_BATCH,
         scheduler_options={"solver_order": "3", "timestep_spacing": '"trailing"'}, preview_every=5, mask_padding=0,
         literal_prompt=True,
+        control_savings=diffusion_service_pb2.ControlSavings(reuse_steps=3, conditional_only=True, residuals="fp8"),
         references=[
             pb.GenerateReference(image=image_pb2.Image(encoded=b"like"), adapter="adapter", scale=0.5),
             pb.GenerateReference(image=image_pb2.Image(encoded=b"this"), scale=1.0),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%imagemesh/v1/controlnet_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"I\n\x13\x41\x64\x61ptPictureRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"O\n\x14\x41\x64\x61ptPictureResponse\x12&\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\"s\n\x0e\x43ontrolRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.ControlStartH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.imagemesh.v1.ControlStepH\x00\x42\t\n\x07message\"\xd9\x02\n\x0c\x43ontrolStart\x12+\n\x05units\x18\x06 \x03(\x0b\x32\x1c.imagemesh.v1.ControlNetUnit\x12\x33\n\x15\x65ncoder_hidden_states\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12I\n\x10\x61\x64\x64\x65\x64_conditions\x18\x05 \x03(\x0b\x32/.imagemesh.v1.ControlStart.AddedConditionsEntry\x12\x10\n\x08\x62y_block\x18\x07 \x01(\x08\x12\x15\n\rnegative_rows\x18\x08 \x01(\r\x1aL\n\x14\x41\x64\x64\x65\x64\x43onditionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01J\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03J\x04\x08\x04\x10\x05R\x05modelR\x05imageR\x05scale\"\xaa\x01\n\x0e\x43ontrolNetUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x12\n\nguess_mode\x18\x04 \x01(\x08\x12\x15\n\rblock_weights\x18\x05 \x03(\x02\x12\x19\n\x0c\x63ontrol_type\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_control_type\"\xa1\x02\n\x0b\x43ontrolStep\x12$\n\x06sample\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x10\n\x08timestep\x18\x02 \x01(\x01\x12\x33\n\x15\x65ncoder_hidden_states\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12H\n\x10\x61\x64\x64\x65\x64_conditions\x18\x04 \x03(\x0b\x32..imagemesh.v1.ControlStep.AddedConditionsEntry\x12\r\n\x05units\x18\x05 \x03(\r\x1aL\n\x14\x41\x64\x64\x65\x64\x43onditionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"|\n\x0f\x43ontrolResponse\x12,\n\x0e\x64own_residuals\x18\x01 \x03(\x0b\x32\x14.imagemesh.v1.Tensor\x12*\n\x0cmid_residual\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t2\xb6\x01\n\x11\x43ontrolNetService\x12J\n\x07\x43ontrol\x12\x1c.imagemesh.v1.ControlRequest\x1a\x1d.imagemesh.v1.ControlResponse(\x01\x30\x01\x12U\n\x0c\x41\x64\x61ptPicture\x12!.imagemesh.v1.AdaptPictureRequest\x1a\".imagemesh.v1.AdaptPictureResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%imagemesh/v1/controlnet_service.proto\x12\x0cimagemesh.v1\x1a\x19imagemesh/v1/tensor.proto\"I\n\x13\x41\x64\x61ptPictureRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"O\n\x14\x41\x64\x61ptPictureResponse\x12&\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\"s\n\x0e\x43ontrolRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.imagemesh.v1.ControlStartH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.imagemesh.v1.ControlStepH\x00\x42\t\n\x07message\"\xec\x02\n\x0c\x43ontrolStart\x12+\n\x05units\x18\x06 \x03(\x0b\x32\x1c.imagemesh.v1.ControlNetUnit\x12\x33\n\x15\x65ncoder_hidden_states\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12I\n\x10\x61\x64\x64\x65\x64_conditions\x18\x05 \x03(\x0b\x32/.imagemesh.v1.ControlStart.AddedConditionsEntry\x12\x10\n\x08\x62y_block\x18\x07 \x01(\x08\x12\x15\n\rnegative_rows\x18\x08 \x01(\r\x12\x11\n\tresiduals\x18\t \x01(\t\x1aL\n\x14\x41\x64\x64\x65\x64\x43onditionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01J\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03J\x04\x08\x04\x10\x05R\x05modelR\x05imageR\x05scale\"\xaa\x01\n\x0e\x43ontrolNetUnit\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x12\n\nguess_mode\x18\x04 \x01(\x08\x12\x15\n\rblock_weights\x18\x05 \x03(\x02\x12\x19\n\x0c\x63ontrol_type\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_control_type\"\xa1\x02\n\x0b\x43ontrolStep\x12$\n\x06sample\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x10\n\x08timestep\x18\x02 \x01(\x01\x12\x33\n\x15\x65ncoder_hidden_states\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12H\n\x10\x61\x64\x64\x65\x64_conditions\x18\x04 \x03(\x0b\x32..imagemesh.v1.ControlStep.AddedConditionsEntry\x12\r\n\x05units\x18\x05 \x03(\r\x1aL\n\x14\x41\x64\x64\x65\x64\x43onditionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor:\x02\x38\x01\"\xd1\x01\n\x0f\x43ontrolResponse\x12,\n\x0e\x64own_residuals\x18\x01 \x03(\x0b\x32\x14.imagemesh.v1.Tensor\x12*\n\x0cmid_residual\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12)\n\x0b\x64own_scales\x18\x04 \x03(\x0b\x32\x14.imagemesh.v1.Tensor\x12(\n\nmid_scales\x18\x05 \x01(\x0b\x32\x14.imagemesh.v1.Tensor2\xb6\x01\n\x11\x43ontrolNetService\x12J\n\x07\x43ontrol\x12\x1c.imagemesh.v1.ControlRequest\x1a\x1d.imagemesh.v1.ControlResponse(\x01\x30\x01\x12U\n\x0c\x41\x64\x61ptPicture\x12!.imagemesh.v1.AdaptPictureRequest\x1a\".imagemesh.v1.AdaptPictureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTROLREQUEST']._serialized_start=238
   _globals['_CONTROLREQUEST']._serialized_end=353
   _globals['_CONTROLSTART']._serialized_start=356
-  _globals['_CONTROLSTART']._serialized_end=701
-  _globals['_CONTROLSTART_ADDEDCONDITIONSENTRY']._serialized_start=586
-  _globals['_CONTROLSTART_ADDEDCONDITIONSENTRY']._serialized_end=662
-  _globals['_CONTROLNETUNIT']._serialized_start=704
-  _globals['_CONTROLNETUNIT']._serialized_end=874
-  _globals['_CONTROLSTEP']._serialized_start=877
-  _globals['_CONTROLSTEP']._serialized_end=1166
-  _globals['_CONTROLSTEP_ADDEDCONDITIONSENTRY']._serialized_start=586
-  _globals['_CONTROLSTEP_ADDEDCONDITIONSENTRY']._serialized_end=662
-  _globals['_CONTROLRESPONSE']._serialized_start=1168
-  _globals['_CONTROLRESPONSE']._serialized_end=1292
-  _globals['_CONTROLNETSERVICE']._serialized_start=1295
-  _globals['_CONTROLNETSERVICE']._serialized_end=1477
+  _globals['_CONTROLSTART']._serialized_end=720
+  _globals['_CONTROLSTART_ADDEDCONDITIONSENTRY']._serialized_start=605
+  _globals['_CONTROLSTART_ADDEDCONDITIONSENTRY']._serialized_end=681
+  _globals['_CONTROLNETUNIT']._serialized_start=723
+  _globals['_CONTROLNETUNIT']._serialized_end=893
+  _globals['_CONTROLSTEP']._serialized_start=896
+  _globals['_CONTROLSTEP']._serialized_end=1185
+  _globals['_CONTROLSTEP_ADDEDCONDITIONSENTRY']._serialized_start=605
+  _globals['_CONTROLSTEP_ADDEDCONDITIONSENTRY']._serialized_end=681
+  _globals['_CONTROLRESPONSE']._serialized_start=1188
+  _globals['_CONTROLRESPONSE']._serialized_end=1397
+  _globals['_CONTROLNETSERVICE']._serialized_start=1400
+  _globals['_CONTROLNETSERVICE']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

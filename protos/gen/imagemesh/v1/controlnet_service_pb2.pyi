@@ -125,12 +125,17 @@ class ControlStart(_message.Message):
     ADDED_CONDITIONS_FIELD_NUMBER: _builtins.int
     BY_BLOCK_FIELD_NUMBER: _builtins.int
     NEGATIVE_ROWS_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
     by_block: _builtins.bool
     """Answer a step with a message for each block of the ControlNet as soon as its residuals are there, high resolutions
     first. Together, in their order, they say what one message would; the last one has mid_residual.
     """
     negative_rows: _builtins.int
     """How many of the rows, from the first, are the negative prompt's."""
+    residuals: _builtins.str
+    """Round the residuals to 8 bits on the wire, with a scale a row and channel: "int8" or "fp8" (E4M3). Empty: send them as
+    they are.
+    """
     @_builtins.property
     def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlNetUnit]:
         """1 to 8, each picture of the same size. Their residuals are added up in this order."""
@@ -153,10 +158,11 @@ class ControlStart(_message.Message):
         added_conditions: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
         by_block: _builtins.bool = ...,
         negative_rows: _builtins.int = ...,
+        residuals: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_hidden_states", b"encoder_hidden_states"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "by_block", b"by_block", "encoder_hidden_states", b"encoder_hidden_states", "negative_rows", b"negative_rows", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_conditions", b"added_conditions", "by_block", b"by_block", "encoder_hidden_states", b"encoder_hidden_states", "negative_rows", b"negative_rows", "residuals", b"residuals", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,6 +292,8 @@ class ControlResponse(_message.Message):
     DOWN_RESIDUALS_FIELD_NUMBER: _builtins.int
     MID_RESIDUAL_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    DOWN_SCALES_FIELD_NUMBER: _builtins.int
+    MID_SCALES_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
     @_builtins.property
     def down_residuals(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
@@ -295,16 +303,26 @@ class ControlResponse(_message.Message):
 
     @_builtins.property
     def mid_residual(self) -> _tensor_pb2.Tensor: ...
+    @_builtins.property
+    def down_scales(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """DTYPE_FP32, shape [rows, channels], one for each residual: where they are rounded, a residual is about its numbers
+        times these.
+        """
+
+    @_builtins.property
+    def mid_scales(self) -> _tensor_pb2.Tensor: ...
     def __init__(
         self,
         *,
         down_residuals: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         mid_residual: _tensor_pb2.Tensor | None = ...,
         backend: _builtins.str = ...,
+        down_scales: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        mid_scales: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mid_residual", b"mid_residual"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mid_residual", b"mid_residual", "mid_scales", b"mid_scales"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "down_residuals", b"down_residuals", "mid_residual", b"mid_residual"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "down_residuals", b"down_residuals", "down_scales", b"down_scales", "mid_residual", b"mid_residual", "mid_scales", b"mid_scales"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

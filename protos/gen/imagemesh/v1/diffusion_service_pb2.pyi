@@ -130,6 +130,7 @@ class SampleRequest(_message.Message):
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    CONTROL_SAVINGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of what the model's card says."""
@@ -212,6 +213,10 @@ class SampleRequest(_message.Message):
         those of equal shapes.
         """
 
+    @_builtins.property
+    def control_savings(self) -> Global___ControlSavings:
+        """What to save on the ControlNets."""
+
     def __init__(
         self,
         *,
@@ -239,14 +244,47 @@ class SampleRequest(_message.Message):
         guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         references: _abc.Iterable[Global___Reference] | None = ...,
         features: _abc.Iterable[Global___PictureFeatures] | None = ...,
+        control_savings: Global___ControlSavings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["control_savings", b"control_savings", "resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "controls", b"controls", "features", b"features", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "references", b"references", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "control_savings", b"control_savings", "controls", b"controls", "features", b"features", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "references", b"references", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleRequest: _TypeAlias = SampleRequest  # noqa: Y015
+
+@_typing.final
+class ControlSavings(_message.Message):
+    """Ways to have ControlNets cost less, none of which leaves the picture as it would be. Absent: none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REUSE_STEPS_FIELD_NUMBER: _builtins.int
+    CONDITIONAL_ONLY_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
+    reuse_steps: _builtins.int
+    """Ask at every so many evaluations, and take the same residuals for those between; 0 or 1: ask at each. A generation
+    that goes on from a checkpoint asks anew there.
+    """
+    conditional_only: _builtins.bool
+    """Steer the prompt's rows alone, and not the negative prompt's."""
+    residuals: _builtins.str
+    """Round residuals to 8 bits on the wire: "int8" or "fp8"; empty: not at all."""
+    def __init__(
+        self,
+        *,
+        reuse_steps: _builtins.int = ...,
+        conditional_only: _builtins.bool = ...,
+        residuals: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditional_only", b"conditional_only", "residuals", b"residuals", "reuse_steps", b"reuse_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlSavings: _TypeAlias = ControlSavings  # noqa: Y015
 
 @_typing.final
 class PictureFeatures(_message.Message):
@@ -595,11 +633,32 @@ class SampleResult(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LossyEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     OUTPUTS_FIELD_NUMBER: _builtins.int
     SCHEDULER_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     CONTROL_BACKENDS_FIELD_NUMBER: _builtins.int
+    LOSSY_FIELD_NUMBER: _builtins.int
     scheduler: _builtins.str
     """The scheduler class that ran."""
     evaluations: _builtins.int
@@ -613,6 +672,10 @@ class SampleResult(_message.Message):
     def control_backends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What ran each control unit, in the order of the request."""
 
+    @_builtins.property
+    def lossy(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What was saved at the picture's cost, by name, such as "control_residuals" to "int8"."""
+
     def __init__(
         self,
         *,
@@ -621,10 +684,11 @@ class SampleResult(_message.Message):
         evaluations: _builtins.int = ...,
         backend: _builtins.str = ...,
         control_backends: _abc.Iterable[_builtins.str] | None = ...,
+        lossy: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "control_backends", b"control_backends", "evaluations", b"evaluations", "outputs", b"outputs", "scheduler", b"scheduler"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "control_backends", b"control_backends", "evaluations", b"evaluations", "lossy", b"lossy", "outputs", b"outputs", "scheduler", b"scheduler"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
