@@ -10,7 +10,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_runtime.errors import NotFound
 from imagemesh_runtime.images import decode
-from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_REFERENCES, check_range
+from imagemesh_runtime.limits import MAX_CONTROL_SCALE, MAX_REFERENCES, check_proportion, check_range
 
 if TYPE_CHECKING:
     from imagemesh_gateway.mesh import Mesh
@@ -55,7 +55,8 @@ async def embed_references(
     for i, plan in enumerate(plans):
         stage = f"reference[{i}]"
         # Decoded here to be refused by its own name; the file goes on as it is, which is smaller.
-        await asyncio.to_thread(decode, plan.request.image, f"references[{i}].image")
+        picture = await asyncio.to_thread(decode, plan.request.image, f"references[{i}].image")
+        check_proportion(f"references[{i}].image", *picture.shape[:2])
         request = reference_service_pb2.EmbedReferencesRequest(adapter=plan.adapter, images=[plan.request.image])
         with ledger.metrics.stage.time("reference"):
             answer: reference_service_pb2.EmbedReferencesResponse = await mesh.vit.unary(

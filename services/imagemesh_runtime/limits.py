@@ -21,6 +21,8 @@ MAX_SEED: Final = 2**63 - 1
 MAX_MASK_BLUR: Final = 256  # pixels
 MAX_CONTROL_SCALE: Final = 10.0
 MAX_REFERENCES: Final = 8  # pictures that IP-Adapters are told of
+# Of such a picture's sides: its shorter one is enlarged to what the encoder sees, and the longer one with it.
+MAX_PROPORTION: Final = 16
 MAX_HIRES_SCALE: Final = 8.0
 MAX_BLOCK_WEIGHTS: Final = 64
 
@@ -57,6 +59,13 @@ def check_pixels(field: str, count: int, width: int, height: int) -> None:
     if count * width * height > MAX_REQUEST_PIXELS:
         got = f"{count} x {width} x {height} = {count * width * height} pixels"
         raise InvalidArgument(field, got, f"at most {MAX_REQUEST_PIXELS} pixels in all")
+
+
+def check_proportion(field: str, height: int, width: int) -> None:
+    """Raise InvalidArgument if the longer side is too many times the shorter."""
+    if max(height, width) > MAX_PROPORTION * min(height, width):
+        allowed = f"a picture whose longer side is at most {MAX_PROPORTION} times the shorter"
+        raise InvalidArgument(field, f"{width}x{height}", allowed)
 
 
 def check_prompt(field: str, text: str) -> None:

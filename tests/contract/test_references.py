@@ -83,7 +83,7 @@ async def test_without_adapters_references_are_not_found(models: Path) -> None:
 
 async def test_what_is_no_picture_is_refused(adapters: Path) -> None:
     async with service("fake", adapters) as stub:
-        for request in (asked(), asked(*[IMAGES[0]] * 9)):
+        for request in (asked(), asked(*[IMAGES[0]] * 9), asked(IMAGES[0][:1, :17])):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.EmbedReferences(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

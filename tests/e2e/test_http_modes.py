@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from imagemesh_cli.host import MeshHost
-from imagemesh_client import Client, Control, Hires
-from imagemesh_gateway.http_body import ALLOWED, ControlBody, GenerateBody, HiresBody
+from imagemesh_client import Client, Control, ControlSavings, Hires
+from imagemesh_gateway.http_body import ALLOWED, ControlBody, GenerateBody, HiresBody, ReferenceBody, SavingsBody
 from tests.support.mesh import running_mesh
 
 COMMON = {"prompt": "a fox", "seed": 7, "steps": 4, "guidance": 3.0, "width": 64, "height": 64}
@@ -90,6 +90,12 @@ def test_a_control_for_a_part_of_the_steps(mesh: MeshHost, picture: Image.Image)
     same(mesh, {"controls": [{"image": coded(picture), **how}]}, controls=[Control(picture, **how)])  # type: ignore[arg-type]
 
 
+def test_a_control_that_is_saved_on(mesh: MeshHost, picture: Image.Image) -> None:
+    how = {"reuse_steps": 2, "conditional_only": True, "residuals": "fp8"}
+    body = {"controls": [{"image": coded(picture)}], "control_savings": how}
+    same(mesh, body, controls=[Control(picture)], control_savings=ControlSavings(**how))  # type: ignore[arg-type]
+
+
 def test_a_second_pass(mesh: MeshHost) -> None:
     hires = {"scale": 1.5, "upscaler": "Lanczos", "strength": 0.5, "steps": 4}
     same(mesh, {"hires": hires}, hires=Hires(scale=1.5, upscaler="Lanczos", strength=0.5, steps=4))
@@ -136,6 +142,11 @@ def test_several_pictures(mesh: MeshHost) -> None:
         ({"controls": [{"image": "not base64!"}]}, "controls.0.image", "a PNG, JPEG or WebP file in base64"),
         ({"controls": [{"image": "", "scale": 11}]}, "controls.0.scale", "0 to 10.0"),
         ({"controls": [{}] * 9}, "controls", "a list of at most 8 objects"),
+        ({"controls": [{"image": "", "control_type": 3}]}, "controls.0.control_type", "a string of valid Unicode"),
+        ({"control_savings": {"residuals": "int4"}}, "control_savings.residuals", "an empty string, int8 or fp8"),
+        ({"control_savings": {"reuse_steps": 2}}, "control_savings", "there is no ControlNet to save on"),
+        ({"references": [{"image": "", "scale": 11}]}, "references.0.scale", "0 to 10.0"),
+        ({"references": [{}] * 9}, "references", "a list of at most 8 objects"),
     ],
 )
 def test_a_bad_field_is_named_with_what_is_allowed(mesh: MeshHost, body: dict[str, Any], field: str, said: str) -> None:
@@ -153,6 +164,11 @@ def test_an_unknown_guider_is_told_which_there_are(mesh: MeshHost) -> None:
 
 
 def test_errors_know_every_field() -> None:
-    nested = {"hires": HiresBody, "controls": ControlBody}
+    nested = {
+        "hires": HiresBody,
+        "controls": ControlBody,
+        "control_savings": SavingsBody,
+        "references": ReferenceBody,
+    }
     inside = {f"{name}.{field}" for name, body in nested.items() for field in body.model_fields}
     assert set(ALLOWED) == set(GenerateBody.model_fields) | inside

@@ -146,6 +146,7 @@ def test_over_http(mesh: Any, client: Client) -> None:
     [
         (Reference(PICTURES[0], "nobody"), "NOT_FOUND", "IP-Adapter/models/plain"),
         (Reference(PICTURES[0], scale=11), "INVALID_ARGUMENT", "references[0].scale"),
+        (Reference(Image.new("RGB", (2, 40))), "INVALID_ARGUMENT", "references[0].image"),
         (Reference(b"no picture"), "INVALID_ARGUMENT", "references[0].image"),
         (Reference(PICTURES[0], "IP-Adapter/sdxl_models/plain"), "FAILED_PRECONDITION", "does not fit model tiny-sd"),
     ],

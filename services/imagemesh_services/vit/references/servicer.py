@@ -12,7 +12,7 @@ from imagemesh.v1 import reference_service_pb2 as pb
 from imagemesh.v1 import reference_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import NotFound, Overloaded
 from imagemesh_runtime.images import decode
-from imagemesh_runtime.limits import MAX_REFERENCES, check_range
+from imagemesh_runtime.limits import MAX_REFERENCES, check_proportion, check_range
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.tensors import Array, map_to_proto
@@ -67,4 +67,9 @@ class ReferenceServicer(rpc.ReferenceServiceServicer):
 
 
 def _preprocessed(encoder: ReferenceEncoder, images: Sequence[image_pb2.Image]) -> Array:
-    return np.stack([encoder.preprocess(decode(image, f"images[{i}]")) for i, image in enumerate(images)])
+    found = []
+    for i, image in enumerate(images):
+        picture = decode(image, f"images[{i}]")
+        check_proportion(f"images[{i}]", *picture.shape[:2])
+        found.append(encoder.preprocess(picture))
+    return np.stack(found)
