@@ -56,6 +56,7 @@ class ControlRun(Protocol):
         """
 
 
+@runtime_checkable
 class ControlModel(Protocol):
     """A loaded ControlNet."""
 

@@ -26,7 +26,7 @@ from imagemesh_runtime.parcels import Parcel, takes_parcels
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.savings import check_rounding, rounded
 from imagemesh_runtime.tensors import FLOATS, Array, from_proto, require_finite, to_proto
-from imagemesh_services.controlnet.backend import Emit, Loaded, Part, PictureAdapter
+from imagemesh_services.controlnet.backend import ControlModel, Emit, Loaded, Part, PictureAdapter
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.session import Session, Unit
 
@@ -108,7 +108,7 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
     async def _unit(self, request: Request, index: int) -> Unit:
         unit, field = request.message.start.units[index], f"start.units[{index}]"
         model = await self._models.get(unit.model)
-        if isinstance(model, PictureAdapter):
+        if not isinstance(model, ControlModel):
             raise InvalidArgument(f"{field}.model", unit.model, "a ControlNet: T2I-Adapters are asked by AdaptPicture")
         check_range(f"{field}.scale", unit.scale, 0, MAX_CONTROL_SCALE)
         check_block_weights(f"{field}.block_weights", unit.block_weights)

@@ -1,7 +1,8 @@
 """A ControlNet to be worked out by hand.
 
 Its one skip residual is zero everywhere, of the rows' shape; its middle residual is scale x the picture's mean
-brightness (0 to 1) everywhere, [rows, 1, 1, 1], times the second of the block weights.
+brightness (0 to 1) everywhere, [rows, 1, 1, 1], times the second of the block weights. Asked as a T2I-Adapter it has
+one feature of one cell, that brightness.
 """
 
 from collections.abc import Mapping
@@ -37,16 +38,12 @@ class FakeControlModel:
     def start(self, inputs: ControlInputs) -> FakeControlRun:
         return FakeControlRun(inputs)
 
-
-class FakeAdapter:
-    """One feature for the first down block, of one cell: the picture's mean brightness, 0 to 1."""
-
     def features(self, image: Array) -> list[Array]:
         return [np.full((1, 1, 1, 1), image.mean() / 255, np.float32)]
 
 
 class FakeControlNet:
-    """Has a ControlNet, "fake", and a T2I-Adapter, "fake-adapter"."""
+    """Has one model, "fake"."""
 
     name, device, dtype = "fake", "cpu", "float32"
     repository = None
@@ -55,7 +52,7 @@ class FakeControlNet:
         """Needs nothing of the configuration."""
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return {"fake": ModelCard("fake"), "fake-adapter": ModelCard("fake-adapter", {"class": "T2IAdapter"})}
+        return {"fake": ModelCard("fake")}
 
-    def load(self, name: str) -> FakeControlModel | FakeAdapter:
-        return FakeControlModel() if name == "fake" else FakeAdapter()
+    def load(self, name: str) -> FakeControlModel:
+        return FakeControlModel()
