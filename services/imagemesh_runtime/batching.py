@@ -17,6 +17,7 @@ from imagemesh_runtime.context import CallContext, current_call, set_current_cal
 from imagemesh_runtime.errors import Overloaded, Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.tensors import Array
+from imagemesh_runtime.throughput import Throughput
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,6 +66,7 @@ class Batcher(Generic[Item, Result]):
         compute: computes a batch; must answer one result an item, in order.
         max_rows: most rows in a batch; an item of more rows runs alone.
         max_queue: most requests waiting, of however many parts; one more is refused.
+        throughput: measures; a batch then has no more rows than pay.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Batcher(Generic[Item, Result]):
         *,
         max_rows: int,
         max_queue: int,
+        throughput: Throughput | None = None,
     ) -> None:
         self.max_rows = max_rows
+        self._throughput = throughput
         self._compute = compute
         self._metrics = metrics
         self._max_queue = max_queue
@@ -84,6 +88,11 @@ class Batcher(Generic[Item, Result]):
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
         self._seconds_a_request = 0.1  # a running mean, for the retry times of refusals
+
+    def most_rows(self, key: Hashable) -> int:
+        """Most rows in a batch of that key: ``max_rows``, or the knee that was measured."""
+        knee = self._throughput.knee(key) if self._throughput is not None else None
+        return self.max_rows if knee is None else min(knee, self.max_rows)
 
     async def submit(self, key: Hashable, item: Item, rows: int = 1) -> Result:
         """Wait for the item's result; ``submit_all`` of one."""
@@ -193,11 +202,12 @@ class Batcher(Generic[Item, Result]):
     def _next_batch(self) -> list[_Part[Item, Result]]:
         batch: list[_Part[Item, Result]] = []
         rest: deque[_Part[Item, Result]] = deque()
-        rows = 0
+        rows = most = 0
         for part in self._queue:
             if part.done:
                 continue
-            fits = not batch or (part.key == batch[0].key and rows + part.rows <= self.max_rows)
+            most = most or self.most_rows(part.key)
+            fits = not batch or (part.key == batch[0].key and rows + part.rows <= most)
             (batch if fits else rest).append(part)
             rows += part.rows if fits else 0
         self._queue = rest
@@ -222,7 +232,8 @@ class Batcher(Generic[Item, Result]):
         """Compute, and charge everybody in the batch for it."""
         call = CallContext()
         set_current_call(call)
-        self._metrics.batch_size.observe(sum(part.rows for part in batch))
+        rows, start = sum(part.rows for part in batch), perf_counter()
+        self._metrics.batch_size.observe(rows)
         try:
             results = await self._compute(batch[0].key, [part.item for part in batch])
         finally:
@@ -231,6 +242,8 @@ class Batcher(Generic[Item, Result]):
                 request.call.compute_seconds += call.compute_seconds
         if len(results) != len(batch):
             raise RuntimeError(f"{len(batch)} items gave {len(results)} results")
+        if self._throughput is not None:
+            self._throughput.note(batch[0].key, rows, perf_counter() - start)
         return results
 
     async def _fail(self, batch: Sequence[_Part[Item, Result]], error: Exception) -> None:
@@ -260,5 +273,6 @@ async def submit_rows(batcher: Batcher[Array, Result], key: Hashable, rows: Arra
 
     Raises: as ``Batcher.submit_all``.
     """
-    parts = [rows[i : i + batcher.max_rows] for i in range(0, len(rows), batcher.max_rows)]
+    most = batcher.most_rows(key)
+    parts = [rows[i : i + most] for i in range(0, len(rows), most)]
     return await batcher.submit_all(key, parts, [len(part) for part in parts])
