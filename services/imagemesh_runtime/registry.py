@@ -96,10 +96,15 @@ def _read_config(name: str, file: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a backend knows of a model without loading it."""
+    """What a backend knows of a model without loading it.
+
+    Attributes:
+        engine: what runs it, where the backend is several in one.
+    """
 
     name: str
     properties: Mapping[str, str] = field(default_factory=dict)
+    engine: "Backend[Any] | None" = None
 
 
 def cards_of(folders: Iterable[ModelFolder], card: Callable[[ModelFolder], ModelCard | None]) -> dict[str, ModelCard]:
@@ -149,6 +154,7 @@ class LoadedModels(Generic[Model]):
         self.lane = lane
         self._metrics = metrics
         self._loaded: dict[str, Model] = {}
+        self._engines: dict[str, Backend[Any]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
 
     def is_loaded(self, name: str) -> bool:
@@ -158,6 +164,10 @@ class LoadedModels(Generic[Model]):
     def in_memory(self, name: str) -> Model | None:
         """The model, if it is loaded."""
         return self._loaded.get(name)
+
+    def engine_of(self, name: str) -> Backend[Any]:
+        """What runs the model, which is loaded."""
+        return self._engines.get(name, self.backend)
 
     async def get(self, name: str) -> Model:
         """The model, loaded. Whoever asks meanwhile waits for the same load, which outlives callers that leave.
@@ -187,7 +197,8 @@ class LoadedModels(Generic[Model]):
             raise NotFound("model", name, cards)
         with self._metrics.model_load.time(name):
             self._loaded[name] = await self.lane.run(self.backend.load, name)
-        log.info("%s: %s loaded by %s", self._metrics.service, name, self.backend.name)
+        self._engines[name] = engine = cards[name].engine or self.backend
+        log.info("%s: %s loaded by %s", self._metrics.service, name, engine.name)
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             model_service_pb2.ModelInfo(
                 name=card.name,
                 role=self._role,
-                backend=backend.name,
-                dtype=backend.dtype,
-                device=backend.device,
+                backend=(card.engine or backend).name,
+                dtype=(card.engine or backend).dtype,
+                device=(card.engine or backend).device,
                 loaded=self._models.is_loaded(card.name),
                 properties={**card.properties, **self.describe(card)},
             )

@@ -90,6 +90,9 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> Any:
     """A diffusers or transformers module from safetensors (never a pickle), in eval mode on the device.
 
+    Args:
+        kwargs: of ``from_pretrained``; of transformers, ``config`` and ``state_dict`` where the weights are read.
+
     Raises:
         FailedPrecondition: the folder has no safetensors, or not just the weights that its config.json asks for.
     """
@@ -97,7 +100,7 @@ def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, 
     try:
         with _LOADING:
             module, report = cls.from_pretrained(
-                path,
+                None if "state_dict" in kwargs else path,
                 torch_dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,

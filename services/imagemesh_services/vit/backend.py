@@ -101,5 +101,7 @@ class VitModel(Protocol):
 _ROOM = "imagemesh_services.vit.backends"
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "torch": BackendEntry(f"{_ROOM}.torch:TorchVit", library="torch"),
+    "onnxruntime": BackendEntry(f"{_ROOM}.onnxruntime:OnnxVit", library="onnxruntime"),
+    "openvino": BackendEntry(f"{_ROOM}.openvino:OpenVinoVit", library="openvino"),
     "fake": BackendEntry(f"{_ROOM}.fake:FakeVit", explicit=True),
 }

@@ -15,3 +15,5 @@ class VitConfig(ModelServerConfig):
     max_batch: int = 32
     # Pictures being decoded and preprocessed at a time: a small file may hold 67 million pixels.
     max_decoding: int = 2
+    # Load weights also from PyTorch pickles, with torch's weights-only loader.
+    unsafe_pickles: bool = False

@@ -4,9 +4,10 @@ from imagemesh.v1 import reference_service_pb2_grpc as reference_rpc
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.service import ModelServer
-from imagemesh_services.vit.backend import BACKENDS, VitModel
+from imagemesh_services.vit.automatic import open_backend
+from imagemesh_services.vit.backend import VitModel
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.references import backend as references
 from imagemesh_services.vit.references.servicer import ReferenceServicer
@@ -16,7 +17,7 @@ from imagemesh_services.vit.servicer import VitServicer
 def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    models: LoadedModels[VitModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    models: LoadedModels[VitModel] = LoadedModels(open_backend(config), lane, metrics)
     servicer = VitServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VitServiceServicer_to_server, servicer, "imagemesh.v1.VitService")

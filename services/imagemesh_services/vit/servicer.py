@@ -19,6 +19,7 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.streaming import answers, as_fields
 from imagemesh_runtime.tensors import Array
+from imagemesh_runtime.throughput import Throughput
 from imagemesh_services.vit.answers import classification, embedding_fields
 from imagemesh_services.vit.backend import Embedding, VitModel, Wanted
 from imagemesh_services.vit.config import VitConfig
@@ -42,7 +43,11 @@ class VitServicer(rpc.VitServiceServicer):
         self._metrics = metrics
         self._max_message_bytes = config.max_message_bytes
         self.batcher: Batcher[Array, Any] = Batcher(
-            self._compute, metrics, max_rows=config.max_batch, max_queue=config.max_queue
+            self._compute,
+            metrics,
+            max_rows=config.max_batch,
+            max_queue=config.max_queue,
+            throughput=Throughput(),
         )
         # A pool, not a semaphore: a caller who leaves frees its thread only when the decoding has really ended.
         self._decoders = ThreadPoolExecutor(config.max_decoding, thread_name_prefix="decode")
@@ -61,7 +66,7 @@ class VitServicer(rpc.VitServiceServicer):
         return pb.ClassifyImagesResponse(
             classifications=[classification(row, model.labels, request) for row in logits],
             model=request.model,
-            backend=self._models.backend.name,
+            backend=self._models.engine_of(request.model).name,
         )
 
     async def EmbedImages(self, request: pb.EmbedImagesRequest, context: Any) -> pb.EmbedImagesResponse:
@@ -74,7 +79,7 @@ class VitServicer(rpc.VitServiceServicer):
         embedding = _joined(await submit_rows(self.batcher, key, pixels))
         # Beside the event loop: hidden states are megabytes, and pictures of the attention take their time.
         fields = await asyncio.to_thread(embedding_fields, request, embedding, pixels.shape[2])
-        return pb.EmbedImagesResponse(model=request.model, backend=self._models.backend.name, **fields)
+        return pb.EmbedImagesResponse(model=request.model, backend=self._models.engine_of(request.model).name, **fields)
 
     async def ClassifyImageStream(
         self, request_iterator: AsyncIterator[pb.ClassifyImageStreamRequest], context: Any

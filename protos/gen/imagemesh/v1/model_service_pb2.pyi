@@ -105,7 +105,8 @@ class ModelInfo(_message.Message):
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Facts a client may want, by role: "width" and "height" (pixels) of the default picture, "multiple" (of which sizes
         are), "steps" and "guidance_scale" that suit the model, "scheduler" (its own, by the name that requests may use too) and
-        "scheduler_class" (diffusers'), "labels" (count), "class".
+        "scheduler_class" (diffusers'), "labels" (count), "class", "format" (of the
+        weights: "safetensors", "flax", "tensorflow", "pytorch", "onnx" or "openvino").
         """
 
     def __init__(

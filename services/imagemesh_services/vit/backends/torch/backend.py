@@ -1,9 +1,11 @@
 """Which folders are classifiers, and how they are loaded."""
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+import transformers
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from imagemesh_runtime.errors import FailedPrecondition
@@ -11,7 +13,15 @@ from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads
 from imagemesh_services.vit.backends.torch.model import TorchVitModel
+from imagemesh_services.vit.backends.torch.states import read_state
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.processors import load_processor
+from imagemesh_services.vit.weights import FORMATS, PICKLE, Weights, find_weights
+
+log = logging.getLogger(__name__)
+
+# What is read without asking, best first; a pickle only where the operator allows it, and then last.
+SAFE: Final = ("safetensors", "flax", "tensorflow")
 
 
 def _classifiers() -> frozenset[str]:
@@ -35,30 +45,58 @@ class TorchVit:
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
+        self._formats = (*SAFE, PICKLE) if config.unsafe_pickles else SAFE
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self.repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), self._card)
 
     def load(self, name: str) -> TorchVitModel:
         folder = self.repository.folders()[name]
-        # torchvision, where it is installed, would resize to slightly other pixels than Pillow.
-        processor = AutoImageProcessor.from_pretrained(folder.path, backend="pil")
-        module = load_module(AutoModelForImageClassification, folder.path, self._dtype, self._device)
+        weights = self._weights(folder)
+        processor = load_processor(folder.path)
+        module = self._module(folder, weights)
+        log.info("vit: %s has its weights from %s (%s)", name, weights.files[0].name, weights.format)
         return TorchVitModel(name, processor, module, labels_of(name, module.config))
+
+    def _module(self, folder: ModelFolder, weights: Weights) -> Any:
+        cls = getattr(transformers, _architecture(folder))
+        if weights.format == "safetensors":
+            return load_module(cls, folder.path, self._dtype, self._device)
+        config = AutoConfig.from_pretrained(folder.path)
+        state = read_state(folder.name, weights)
+        return load_module(cls, folder.path, self._dtype, self._device, state_dict=state, config=config)
+
+    def _weights(self, folder: ModelFolder) -> Weights:
+        """The weights to load.
+
+        Raises:
+            FailedPrecondition: there are none, or only a pickle, and those aren't allowed.
+        """
+        found = find_weights(folder.path, self._formats)
+        if found is not None:
+            return found
+        if find_weights(folder.path, [PICKLE]) is not None:
+            raise FailedPrecondition(
+                f"model {folder.name} has its weights only as a PyTorch pickle, which could run any code: convert it to"
+                " safetensors, or set unsafe_pickles (IMAGEMESH_VIT_UNSAFE_PICKLES=true) to have its tensors, and"
+                " nothing else in it, loaded"
+            )
+        names = ", ".join(FORMATS[format][0] for format in self._formats)
+        raise FailedPrecondition(f"model {folder.name} has no weights that this backend reads: none of {names}")
+
+    def _card(self, folder: ModelFolder) -> ModelCard | None:
+        if _architecture(folder) not in CLASSIFIERS:
+            return None
+        weights = find_weights(folder.path, self._formats)
+        properties = {"class": _architecture(folder), "labels": str(len(folder.config.get("id2label", ())))}
+        return ModelCard(folder.name, properties | ({"format": weights.format} if weights else {}))
 
 
 def _architecture(folder: ModelFolder) -> str:
     """The class that the folder was saved from; "" where it doesn't say."""
     names = folder.config.get("architectures") or [""]
     return str(names[0])
-
-
-def _card(folder: ModelFolder) -> ModelCard | None:
-    if _architecture(folder) not in CLASSIFIERS:
-        return None
-    properties = {"class": _architecture(folder), "labels": str(len(folder.config.get("id2label", ())))}
-    return ModelCard(folder.name, properties)
 
 
 def labels_of(name: str, config: Any) -> list[str]:

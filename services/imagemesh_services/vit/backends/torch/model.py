@@ -12,13 +12,19 @@ from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.torch_support import to_numpy, to_torch
 from imagemesh_services.vit.backend import Embedding, Pooling, Sizes, Wanted
-from imagemesh_services.vit.backends.torch.families import FAMILIES, Family
+from imagemesh_services.vit.families import FAMILIES, Family
+from imagemesh_services.vit.processing import processed
 
 MAX_SIDE: Final = 1024  # pixels; 4096 patches of 16
 
 
 class TorchVitModel:
     """A transformers classifier with the image processor of its folder.
+
+    Attributes:
+        module: the classifier itself.
+        pooled: see ``Family``.
+        trained: shape of a picture as it was trained, [3, h, w].
 
     Raises:
         FailedPrecondition: the processor makes pictures that the model can't take.
@@ -28,23 +34,21 @@ class TorchVitModel:
         config = model.config
         family = FAMILIES.get(config.model_type)
         self._processor, self._model, self._family = processor, model, family or Family()
-        self._trained: tuple[int, ...] = ()
+        self.module, self.pooled = model, self._family.pooled
+        self.trained: tuple[int, ...] = ()
         self.labels = labels
         self.prefix = self._family.prefix(config)
         self.rollout = self._family.rollout
         self.poolings = ((Pooling.CLS,) if self.prefix else ()) + (Pooling.MEAN,) if family else ()
         pixels = self.preprocess(np.zeros((48, 64, 3), np.uint8))
         _check_processor(name, pixels, model, self._family)
-        self._trained = pixels.shape
+        self.trained = pixels.shape
         self.sizes = self._sizes(pixels)
         self.states, self.width = self._shapes(name, pixels)
 
     def preprocess(self, image: Array, size: int = 0) -> Array:
         scaled = self._scaled(size) if size and size != self.sizes.trained else {}
-        # Without its layout named, a picture three pixels high would be taken for channels first.
-        batch = self._processor([image], input_data_format="channels_last", return_tensors="np", **scaled)
-        pixels: Array = batch["pixel_values"][0].astype(np.float32, copy=False)
-        return pixels
+        return processed(self._processor, image, **scaled)
 
     @torch.inference_mode()
     def classify(self, pixels: Array) -> Array:
@@ -52,7 +56,7 @@ class TorchVitModel:
 
     @torch.inference_mode()
     def embed(self, pixels: Array, wanted: Wanted) -> Embedding:
-        with self._attention_shown(wanted.attention):
+        with self.attention_shown(wanted.attention):
             output = self._run(pixels, output_hidden_states=bool(wanted.layers), output_attentions=wanted.attention)
         chosen = [_tokens(output.hidden_states[layer]) for layer in wanted.layers]
         states = to_numpy(torch.stack(chosen, dim=1).float()) if chosen else None
@@ -82,7 +86,7 @@ class TorchVitModel:
 
     def _positions(self, pixels: Array) -> dict[str, bool]:
         """What tells the model that its positions are to be interpolated, if they are."""
-        other = pixels.shape[1:] != self._trained and bool(self._trained)
+        other = pixels.shape[1:] != self.trained and bool(self.trained)
         return {"interpolate_pos_encoding": True} if other and _takes(self._model, "interpolate_pos_encoding") else {}
 
     def _scaled(self, size: int) -> dict[str, dict[str, int]]:
@@ -117,7 +121,7 @@ class TorchVitModel:
         return [(tokens, width) for tokens, width in shapes], int(self._vectors(output, self.poolings[0]).shape[1])
 
     @contextmanager
-    def _attention_shown(self, shown: bool) -> Iterator[None]:
+    def attention_shown(self, shown: bool) -> Iterator[None]:
         """Fused attention keeps its weights to itself; within the block they are computed one by one."""
         usual = self._model.config._attn_implementation
         if shown:
