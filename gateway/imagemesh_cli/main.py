@@ -33,7 +33,8 @@ def _report(error: Exception) -> int:
     if os.environ.get("IMAGEMESH_LOG_LEVEL", "").upper() == "DEBUG":
         traceback.print_exception(error)
     if isinstance(error, ModuleNotFoundError):
-        print(f"imagemesh: needs the package {error.name}: pip install 'imagemesh[all]'", file=sys.stderr)
+        extra = "openvino" if error.name == "openvino" else "all"
+        print(f"imagemesh: needs the package {error.name}: pip install 'imagemesh[{extra}]'", file=sys.stderr)
         return EXIT_FAILURE
     from grpc import StatusCode
 

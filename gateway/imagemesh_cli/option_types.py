@@ -58,6 +58,13 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := number(text)) <= 1:
+        raise _refuse("a number from 0 to 1", text)
+    return value
+
+
 def size(text: str) -> tuple[int, int]:
     """Width and height in pixels."""
     width, _, height = text.lower().partition("x")
@@ -103,6 +110,13 @@ def file(text: str) -> Path:
     if not path.is_file():
         raise ArgumentTypeError(f"no such file: {text}")
     return path
+
+
+def file_or_folder(text: str) -> Path:
+    """A file or a folder that is there."""
+    if not Path(text).exists():
+        raise ArgumentTypeError(f"no such file or folder: {text}")
+    return Path(text)
 
 
 def folders(text: str) -> str:

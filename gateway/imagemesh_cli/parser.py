@@ -24,6 +24,7 @@ from imagemesh_cli.option_types import (
     whole,
 )
 from imagemesh_cli.rooms import SERVICES
+from imagemesh_cli.shrink_parser import add_distill, add_export, add_quantize
 
 DEFAULT_SERVER = "127.0.0.1:50050"
 STATES = ("queued", "running", "succeeded", "failed", "cancelled")
@@ -77,6 +78,9 @@ def build_parser() -> ArgumentParser:
     _preprocess(
         command("preprocess", "preprocess_commands:preprocess", "make of a picture what a ControlNet is to follow")
     )
+    add_export(command("export", "shrink_commands:export", "write a classifier as an ONNX or OpenVINO graph"))
+    add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
+    add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
     _client(command("schedulers", "client_commands:schedulers", "list the schedulers; --json tells their options"))

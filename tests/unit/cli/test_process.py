@@ -18,8 +18,12 @@ RUN = (
     "from imagemesh_cli.main import main; sys.exit(main())"
 )
 COMMANDS = (
-    "up", "serve", "tune", "demo", "generate", "classify", "embed", "jobs", "models", "schedulers", "guiders"
+    "up", "serve", "tune", "export", "quantize", "distill", "demo", "generate", "classify", "embed", "jobs", "models",
+    "schedulers", "guiders",
 )  # fmt: skip
+
+
+MADE = ("a-model", "-o", "out", "--images", __file__)
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -38,7 +42,7 @@ def test_help_of_every_command_loads_nothing_heavy(name: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments", [["up"], ["serve", "vae"], ["demo"], ["generate", "a", "-o", "b"], ["models"], ["classify", __file__],
-                  ["embed", __file__]]
+                  ["embed", __file__], ["export", *MADE], ["quantize", *MADE], ["distill", *MADE]]
 )  # fmt: skip
 def test_every_command_has_its_function(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
