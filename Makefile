@@ -2,12 +2,14 @@
 # CPU build beside its own index, can be set: make install PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
+ACCEL ?= cpu
+TAG ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel clean
+.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel images clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
@@ -61,6 +63,13 @@ eval-demo: dev ## measure the shipped models
 
 wheel: dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
+
+images: ## build the services' images: ACCEL=cpu (cuda, rocm, xpu), TAG=dev; needs Docker with BuildKit
+	@command -v docker >/dev/null || { echo "make images needs Docker with BuildKit"; exit 1; }
+	for service in gateway text-encoder diffusion vae controlnet vit; do \
+	  tag=$(TAG)$$([ $$service = gateway ] || echo -$(ACCEL)); \
+	  docker build -f deploy/docker/Dockerfile --build-arg SERVICE=$$service --build-arg ACCEL=$(ACCEL) -t imagemesh/$$service:$$tag . || exit 1; \
+	done
 
 $(BUF):
 	npm install --silent --no-audit --no-fund --prefix .tools @bufbuild/buf@1.75.0

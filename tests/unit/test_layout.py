@@ -19,7 +19,7 @@ from tests.support import sizes
 from tests.support.sizes import ROOT
 
 FOLDERS = {"protos", "services", "gateway", "deploy", "k8s", "tests", "docs", ".ci"}
-FILES = {"pyproject.toml", "Makefile", "README.md", "LICENSE", ".gitignore"}
+FILES = {"pyproject.toml", "Makefile", "README.md", "LICENSE", ".gitignore", ".dockerignore"}
 DOORS = {"__init__.py", "__main__.py", "backend.py", "config.py", "service.py", "servicer.py", "backends"}
 ROOMS = [ROOT / "services" / room.package.replace(".", "/") for room in SERVICES.values()]
 rooms = pytest.mark.parametrize("room", ROOMS, ids=[room.name for room in ROOMS])
