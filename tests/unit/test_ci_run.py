@@ -79,7 +79,7 @@ def test_a_bare_machine_gets_all_that_is_needed_and_then_everything_runs(bare: M
 
 def test_what_is_there_is_not_installed(bare: Machine) -> None:
     (bare.state / "venv").touch()
-    for tool in ("git", "make", "curl"):
+    for tool in ("git", "make", "curl", "promtool"):
         shutil.copy(bare.state / "tool", bare.bin / tool)
     assert bare.run().returncode == 0
     packages = bare.log()[1].removeprefix("apt-get install -y -qq ").split()

@@ -1,0 +1,216 @@
+"""The manifests: every overlay and combination renders, is valid, and names only what the product really has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from imagemesh_cli.rooms import GATEWAY, SERVICES
+from imagemesh_runtime.config import load
+from imagemesh_runtime.http import admin_routes
+from imagemesh_runtime.server import LIVENESS, READINESS
+from tests.support.manifests import COMBINATIONS, K8S, check, containers, environment, find, render, templates
+
+ROOMS = {"gateway": GATEWAY, **SERVICES}
+DEVICES = {"nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe"}
+combinations = pytest.mark.parametrize("folder", COMBINATIONS, ids=lambda path: path.name)
+
+
+def ours(folder: Path) -> list[tuple[str, Any]]:
+    return [(name, one) for name, one in containers(render(folder)) if name in ROOMS]
+
+
+def config(name: str, container: Any) -> Any:
+    return load(ROOMS[name].config(), env=environment(container))
+
+
+def port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def test_the_overlays_and_components_are_those_of_the_page() -> None:
+    assert {path.name for path in K8S.glob("overlays/*")} == {"local-cpu", "nvidia", "amd", "intel", "mixed", "prod"}
+    used = {
+        name
+        for path in COMBINATIONS
+        for name in re.findall("components/(.+)", (path / "kustomization.yaml").read_text())
+    }
+    assert used == {path.name for path in K8S.glob("components/*")}, "a component that no combination builds"
+
+
+@combinations
+def test_every_object_is_valid(folder: Path) -> None:
+    for one in render(folder):
+        check(one)
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "ScaledObject"])
+def test_a_field_that_does_not_exist_would_be_found(kind: str) -> None:
+    one = next(find(render(K8S / "overlays" / "prod"), kind))
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check({**one, "spec": {**one["spec"], "replicaz": 2}})
+
+
+@combinations
+def test_pods_are_restricted(folder: Path) -> None:
+    for _, template in templates(render(folder)):
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] >= 10000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        for volume in pod["volumes"]:
+            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim", "configMap"}
+    for _, one in containers(render(folder)):
+        assert one["securityContext"] == {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        }  # fmt: skip
+        assert one["resources"]["requests"]["memory"] == one["resources"]["limits"]["memory"]
+        assert not one["image"].endswith(":latest")
+        assert ":" in one["image"]
+
+
+@combinations
+def test_every_variable_is_a_setting_of_that_service_and_its_value_is_taken(folder: Path) -> None:
+    for name, one in ours(folder):
+        known = set(ROOMS[name].config().__dataclass_fields__)
+        scope = f"IMAGEMESH_{name.replace('-', '_').upper()}_"
+        for variable in environment(one):
+            assert variable.removeprefix(scope).removeprefix("IMAGEMESH_").lower() in known, variable
+        config(name, one)
+
+
+@combinations
+def test_ports_probes_and_hooks_are_where_the_service_listens(folder: Path) -> None:
+    for name, one in ours(folder):
+        settings, ports = config(name, one), {each["name"]: each["containerPort"] for each in one["ports"]}
+        listens = {port(settings.listen), port(settings.metrics_listen), port(settings.admin_listen)}
+        listens |= {port(settings.http_listen)} if name == "gateway" else set()
+        assert set(ports.values()) == listens
+        for probe, asks in (("startupProbe", READINESS), ("readinessProbe", READINESS), ("livenessProbe", LIVENESS)):
+            assert one[probe]["grpc"] == {"port": port(settings.listen), "service": asks}
+        hook = one["lifecycle"]["preStop"]["httpGet"]
+        assert ("GET", hook["path"]) in admin_routes(lambda: None)
+        assert ports[hook["port"]] == port(settings.admin_listen)
+        # The kubelet asks at the pod's address.
+        assert {
+            address.partition(":")[0] for address in (settings.listen, settings.metrics_listen, settings.admin_listen)
+        } == {"0.0.0.0"}
+
+
+@combinations
+def test_calls_under_way_have_their_time_and_the_gateway_outlives_the_services(folder: Path) -> None:
+    graces = {}
+    for _, template in templates(render(folder)):
+        for one in template["spec"]["containers"]:
+            if (name := one["name"]) in ROOMS:
+                graces[name] = template["spec"]["terminationGracePeriodSeconds"]
+                assert graces[name] > config(name, one).drain_grace_seconds + 10  # the hook's own
+    assert graces["gateway"] >= max(graces.values())
+
+
+@combinations
+def test_no_two_containers_of_a_pod_want_the_same_port(folder: Path) -> None:
+    for _, template in templates(render(folder)):
+        ports = [each["containerPort"] for one in template["spec"]["containers"] for each in one.get("ports", [])]
+        assert len(ports) == len(set(ports))
+
+
+def reachable(folder: Path) -> set[str]:
+    """``name:port`` of every Service that selects a pod with such a port."""
+    pods = [template for _, template in templates(render(folder))]
+    found = set()
+    for service in find(render(folder), "Service"):
+        selected = [pod for pod in pods if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()]
+        for each in service["spec"]["ports"]:
+            for pod in selected:
+                named = {
+                    one["name"]: one["containerPort"]
+                    for box in pod["spec"]["containers"]
+                    for one in box.get("ports", [])
+                }
+                if named.get(each["targetPort"]) == each["port"]:
+                    found.add(f"{service['metadata']['name']}:{each['port']}")
+    return found
+
+
+@combinations
+def test_every_address_leads_to_a_service_with_pods(folder: Path) -> None:
+    there = reachable(folder)
+    settings = {name: config(name, one) for name, one in ours(folder)}
+    gateway = settings["gateway"]
+    for address in (gateway.text_encoder, gateway.vae, gateway.controlnet, gateway.vit):
+        assert address.removeprefix("dns:///") in there
+    for number, address in enumerate(gateway.diffusion.split(",")):
+        assert address.startswith(f"diffusion-{number}.")
+        assert address.partition(".")[2] in there
+    together = any(len(template["spec"]["containers"]) > 1 for _, template in templates(render(folder)))
+    assert settings["diffusion"].controlnet in ({"127.0.0.1:50054"} if together else there)
+
+
+@combinations
+def test_whatever_selects_pods_selects_some_and_each_service_may_be_disrupted_one_by_one(folder: Path) -> None:
+    pods = [template["metadata"]["labels"] for _, template in templates(render(folder))]
+    budgets = list(find(render(folder), "PodDisruptionBudget"))
+    for one in budgets:
+        assert one["spec"]["maxUnavailable"] == 1
+        assert any(one["spec"]["selector"]["matchLabels"].items() <= labels.items() for labels in pods)
+    makers = [one for one in find(render(folder), "Deployment", "StatefulSet") if one["metadata"]["name"] in ROOMS]
+    assert len(budgets) == len(makers)
+
+
+@combinations
+def test_what_is_scaled_is_there_and_has_no_number_of_its_own(folder: Path) -> None:
+    there = {(one["kind"], one["metadata"]["name"]): one for one in find(render(folder), "Deployment", "StatefulSet")}
+    scaled = {}
+    for one in find(render(folder), "ScaledObject", "HorizontalPodAutoscaler"):
+        target = one["spec"]["scaleTargetRef"]
+        assert "replicas" not in there[target["kind"], target["name"]]["spec"]
+        scaled[target["name"]] = one["spec"].get("maxReplicas", one["spec"].get("maxReplicaCount"))
+    gateway = next(config(name, one) for name, one in ours(folder) if name == "gateway")
+    most = scaled.get("diffusion", there["StatefulSet", "diffusion"]["spec"].get("replicas"))
+    assert len(gateway.diffusion.split(",")) == most, "the gateway can use no sampler that it isn't told of"
+
+
+def devices(folder: Path) -> dict[str, set[str]]:
+    found = {name: DEVICES & set(one["resources"]["limits"]) for name, one in ours(folder)}
+    return {name: wanted for name, wanted in found.items() if wanted}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "resource"),
+    [("nvidia", "nvidia.com/gpu"), ("amd", "amd.com/gpu"), ("intel", "gpu.intel.com/xe"), ("prod", "nvidia.com/gpu")],
+)
+def test_an_accelerators_overlay_wants_it_and_no_other_vendors(overlay: str, resource: str) -> None:
+    assert devices(K8S / "overlays" / overlay) == {name: {resource} for name in ("diffusion", "controlnet", "vae")}
+
+
+def test_the_mixed_overlay_gives_each_its_own_and_the_cpus_none() -> None:
+    assert devices(K8S / "overlays" / "mixed") == {
+        "diffusion": {"nvidia.com/gpu"}, "vae": {"amd.com/gpu"}, "controlnet": {"gpu.intel.com/xe"},
+    }  # fmt: skip
+    assert devices(K8S / "overlays" / "local-cpu") == {}
+
+
+@combinations
+def test_who_has_a_device_has_the_image_for_it(folder: Path) -> None:
+    tags = {"nvidia.com/gpu": "-cuda", "amd.com/gpu": "-rocm", "gpu.intel.com/xe": "-xpu"}
+    for name, one in ours(folder):
+        wanted = {tags[device] for device in DEVICES & set(one["resources"]["limits"])}
+        if one["resources"].get("claims"):
+            wanted = {"-cuda"}
+        assert one["image"].endswith(wanted.pop() if wanted else "dev" if name == "gateway" else "-cpu"), name
+
+
+def test_controlnets_beside_the_sampler_share_the_folder_of_its_sockets_and_its_user() -> None:
+    (pod,) = [
+        template["spec"] for name, template in templates(render(K8S / "overlays" / "local-cpu")) if name == "diffusion"
+    ]
+    mounts = [{each["mountPath"]: each["name"] for each in one["volumeMounts"]} for one in pod["containers"]]
+    assert [each["/tmp"] for each in mounts] == ["tmp", "tmp"]
+    assert len({each["/var/lib/imagemesh"] for each in mounts}) == 2
+    assert next(one for one in pod["volumes"] if one["name"] == "tmp")["emptyDir"]["medium"] == "Memory"
