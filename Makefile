@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel images clean
+.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel images simulate clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
@@ -70,6 +70,9 @@ images: ## build the services' images: ACCEL=cpu (cuda, rocm, xpu), TAG=dev; nee
 	  tag=$(TAG)$$([ $$service = gateway ] || echo -$(ACCEL)); \
 	  docker build -f deploy/docker/Dockerfile --build-arg SERVICE=$$service --build-arg ACCEL=$(ACCEL) -t imagemesh/$$service:$$tag . || exit 1; \
 	done
+
+simulate: dev ## what Kubernetes' autoscaler would do with a rush, a line a target; a picture in out/
+	$(BIN)/python -m deploy.simulate --out out/simulate.svg
 
 $(BUF):
 	npm install --silent --no-audit --no-fund --prefix .tools @bufbuild/buf@1.75.0

@@ -91,8 +91,15 @@ def test_ports_probes_and_hooks_are_where_the_service_listens(folder: Path) -> N
         listens = {port(settings.listen), port(settings.metrics_listen), port(settings.admin_listen)}
         listens |= {port(settings.http_listen)} if name == "gateway" else set()
         assert set(ports.values()) == listens
-        for probe, asks in (("startupProbe", READINESS), ("readinessProbe", READINESS), ("livenessProbe", LIVENESS)):
-            assert one[probe]["grpc"] == {"port": port(settings.listen), "service": asks}
+        assert one["startupProbe"]["grpc"] == {"port": port(settings.listen), "service": READINESS}
+        if name == "gateway":  # whose HTTP port asks the services besides
+            assert one["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+            assert one["readinessProbe"]["timeoutSeconds"] >= 2
+            assert one["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+            assert ports["http"] == port(settings.http_listen)
+        else:
+            assert one["readinessProbe"]["grpc"] == {"port": port(settings.listen), "service": READINESS}
+            assert one["livenessProbe"]["grpc"] == {"port": port(settings.listen), "service": LIVENESS}
         hook = one["lifecycle"]["preStop"]["httpGet"]
         assert ("GET", hook["path"]) in admin_routes(lambda: None)
         assert ports[hook["port"]] == port(settings.admin_listen)
