@@ -27,6 +27,8 @@ class GatewayConfig(ServerConfig):
     max_http_body_bytes: int = 32 * MIB
     # Requests of the HTTP face in work at a time; probes and scrapes are not counted.
     max_http_requests: int = 64
+    # Those who follow a job by server-sent events or WebSocket, at a time.
+    max_http_watches: int = 1000
     # How long a client may take to send a request's body.
     http_body_timeout_seconds: float = 60.0
     # Evaluations between two checkpoints of a generation, which another replica goes on from; 0: none.

@@ -1,6 +1,5 @@
 """The gateway's HTTP face: generate, scrape, probe."""
 
-import base64
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Annotated
@@ -8,14 +7,16 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from google.protobuf.json_format import MessageToDict
 from prometheus_client.exposition import choose_encoder
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody
 from imagemesh_gateway.http_errors import add_error_handlers
-from imagemesh_gateway.http_media import JSON, PNG, negotiated, require_json
+from imagemesh_gateway.http_job_body import JOB_ALLOWED
+from imagemesh_gateway.http_jobs import JOB_LIST_ALLOWED, JOBS_PATH, add_jobs
+from imagemesh_gateway.http_media import JSON, PNG, generation_answer, negotiated, require_json
 from imagemesh_gateway.http_preprocess import PATH, PREPROCESS_ALLOWED, add_preprocessors
+from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
@@ -24,7 +25,7 @@ from imagemesh_gateway.readiness import Readiness
 from imagemesh_runtime.metrics import Metrics
 
 
-def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:
+def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], bool]) -> FastAPI:
     """The application; bounds and the call's context are up to ``http_guard``."""
     app = FastAPIOffline(  # whose page of all fields asks no other host for its script
         redoc_url=None,
@@ -47,10 +48,12 @@ def create_app(mesh: Mesh, metrics: Metrics, ready: Callable[[], bool]) -> FastA
     )
     async def generate_picture(body: GenerateBody, media: Annotated[str, Depends(negotiated)]) -> Response:
         """Make a picture: JSON with the picture in base64, or a PNG where the client likes that better."""
-        return _answer(await _generate(mesh, metrics, body.to_proto()), media)
+        return generation_answer(await _generate(mesh, metrics, body.to_proto()), media)
 
     add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
-    add_error_handlers(app, ALLOWED, {PATH: PREPROCESS_ALLOWED})
+    add_jobs(app, jobs)
+    by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
+    add_error_handlers(app, ALLOWED, by_path)
     return app
 
 
@@ -74,19 +77,3 @@ async def _generate(mesh: Mesh, metrics: Metrics, asked: pb.GenerateRequest) -> 
             if event.WhichOneof("event") == "result":
                 return event.result
     raise RuntimeError("the pipeline ended without a result")
-
-
-def _answer(result: pb.GenerateResult, media: str) -> Response:
-    first = result.images[0]
-    if media == PNG:
-        return Response(first.png, media_type=PNG, headers={"X-Imagemesh-Seed": str(first.seed)})
-    parameters = MessageToDict(result.parameters, preserving_proto_field_name=True)
-    return JSONResponse(
-        {
-            "id": result.id,
-            "images": [{"png": base64.b64encode(image.png).decode(), "seed": image.seed} for image in result.images],
-            "parameters": parameters | {"seed": result.parameters.seed},
-            "timings": [MessageToDict(one, preserving_proto_field_name=True) for one in result.timings],
-        },
-        headers={"X-Imagemesh-Seed": str(first.seed)},
-    )

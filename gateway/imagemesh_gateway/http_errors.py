@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from starlette.exceptions import HTTPException
 
 from imagemesh_runtime.context import current_call
-from imagemesh_runtime.errors import InternalError, InvalidArgument, MeshError, http_status
+from imagemesh_runtime.errors import FailedPrecondition, InternalError, InvalidArgument, MeshError, http_status
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +29,48 @@ class RefusedRequest(InvalidArgument):
         super().__init__(field, value, allowed)
 
 
+class Conflict(FailedPrecondition):
+    """What is asked for does not go with the state that a thing is in now."""
+
+    status = 409
+
+
 def error_response(error: MeshError, headers: Mapping[str, str] | None = None) -> Response:
     """The answer for an error of ours."""
+    return JSONResponse(error_body(error), status_of(error), {**timing_of(error), **(headers or {})})
+
+
+def status_of(error: MeshError) -> int:
+    """The HTTP status that tells of the error."""
+    return error.status if isinstance(error, RefusedRequest | Conflict) else http_status(error.code)
+
+
+def timing_of(error: MeshError) -> dict[str, str]:
+    """The header that says when to come back, if that may help."""
     retry_after = error.retry_after()
-    timing = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
-    field = None
+    return {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+
+
+def field_of(error: MeshError) -> str | None:
+    """The field that is at fault, if one is."""
     for detail in error.details():
         if isinstance(detail, error_details_pb2.BadRequest) and detail.field_violations:
-            field = detail.field_violations[0].field
-    status = error.status if isinstance(error, RefusedRequest) else http_status(error.code)
-    return _response(status, error.code.name, str(error), field, {**timing, **(headers or {})})
+            return str(detail.field_violations[0].field)
+    return None
+
+
+def error_body(error: MeshError) -> dict[str, dict[str, str]]:
+    """What is told of the error, as JSON."""
+    return _body(error.code.name, str(error), field_of(error))
 
 
 def add_error_handlers(
     app: FastAPI, allowed: Mapping[str, str], by_path: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> None:
-    """Answer every failure in our shape; ``allowed`` and ``by_path`` say what fields of bodies may be."""
+    """Answer every failure in our shape.
+
+    ``allowed`` and ``by_path`` say what fields of bodies may be, and below a path with "?" the fields of queries.
+    """
 
     async def on_mesh_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, MeshError)
@@ -52,7 +78,8 @@ def add_error_handlers(
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_what_is_wrong(error, by_path.get(request.url.path, allowed)))
+        path = request.url.path if error.errors()[0]["loc"][0] == "body" else f"{request.url.path}?"
+        return error_response(what_is_wrong(error, by_path.get(path, allowed)))
 
     app.add_exception_handler(MeshError, on_mesh_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -60,7 +87,8 @@ def add_error_handlers(
     app.add_exception_handler(Exception, _on_unforeseen)
 
 
-def _what_is_wrong(error: RequestValidationError, allowed: Mapping[str, str]) -> InvalidArgument:
+def what_is_wrong(error: RequestValidationError, allowed: Mapping[str, str]) -> InvalidArgument:
+    """The first thing that is, with what ``allowed`` says of the field."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
@@ -124,7 +152,11 @@ def _printable(text: str) -> str:
 
 
 def _response(status: int, code: str, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
+    return JSONResponse(_body(code, message, field), status, dict(headers))
+
+
+def _body(code: str, message: str, field: str | None) -> dict[str, dict[str, str]]:
     body = {"code": code, "message": _printable(message)}
     if field is not None:
         body["field"] = field
-    return JSONResponse({"error": body}, status, dict(headers))
+    return {"error": body}

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -13,15 +15,21 @@ from starlette.routing import Match
 
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http_errors import RefusedRequest, error_response, unforeseen
+from imagemesh_gateway.http_job_events import EVENTS_PATH, SOCKET_PATH
 from imagemesh_runtime.context import CallContext, Trace, set_current_call
 from imagemesh_runtime.errors import DeadlineExceeded, MeshError, Unavailable
 from imagemesh_runtime.metrics import Metrics
 
 # An overloaded gateway must not look like a dead one.
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+# They last as long as what they watch, mostly idle.
+WATCHES = frozenset({EVENTS_PATH, SOCKET_PATH})
+# Nobody has much to say to a socket that only tells.
+WS_MESSAGE_BYTES = 64 * 1024
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE = 499
 _RETRY_SECONDS = 1
+_LATER = {"Retry-After": str(_RETRY_SECONDS)}
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -30,6 +38,7 @@ class HttpLimits:
     """How much one client, and all of them, may take."""
 
     requests: int
+    watches: int
     body_bytes: int
     body_seconds: float
     request_seconds: float
@@ -39,6 +48,7 @@ class HttpLimits:
         """The limits that the configuration sets."""
         return cls(
             config.max_http_requests,
+            config.max_http_watches,
             config.max_http_body_bytes,
             config.http_body_timeout_seconds,
             config.request_timeout_seconds,
@@ -78,7 +88,7 @@ class Guard:
     def __init__(self, app: FastAPI, metrics: Metrics, limits: HttpLimits) -> None:
         self._app = app
         self._limits = limits
-        self._running = 0
+        self._running = {"requests": 0, "watches": 0}
         labels = ("method", "path")
         self._handled = Counter(
             "http_requests", "HTTP requests answered.", (*labels, "code"), registry=metrics.registry
@@ -91,7 +101,7 @@ class Guard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection event."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._socket(scope, receive, send)
             return
         exchange, path, start = _Exchange(scope, receive, send), self._template(scope), perf_counter()
         try:
@@ -108,22 +118,41 @@ class Guard:
                 return str(getattr(route, "path", "other"))
         return "other"
 
+    async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
+        _begin_call(scope, None)
+        full = self._full("watches")
+        if full is not None:
+            await error_response(full, _LATER)(scope, receive, send)
+            return
+        with self._counted("watches"):
+            await self._app(scope, receive, send)
+
     async def _admit(self, exchange: _Exchange, path: str) -> None:
-        limit = self._limits.requests
+        kind = "watches" if path in WATCHES else "requests"
         if path in PROBES:
             await self._app(exchange.scope, exchange.receive, exchange.send)
-        elif self._running >= limit:
-            told = f"{limit} HTTP requests are in work, as many as it takes; retry after {_RETRY_SECONDS} s"
-            await exchange.fail(Unavailable("gateway", told), {"Retry-After": str(_RETRY_SECONDS)})
+        elif (full := self._full(kind)) is not None:
+            await exchange.fail(full, _LATER)
         else:
-            self._running += 1
-            try:
-                await self._bounded(exchange)
-            finally:
-                self._running -= 1
+            with self._counted(kind):
+                await self._bounded(exchange, None if kind == "watches" else self._limits.request_seconds)
 
-    async def _bounded(self, exchange: _Exchange) -> None:
-        seconds = self._limits.request_seconds
+    def _full(self, kind: str) -> MeshError | None:
+        limit = getattr(self._limits, kind)
+        if self._running[kind] < limit:
+            return None
+        told = f"{limit} HTTP {kind} are in work, as many as it takes; retry after {_RETRY_SECONDS} s"
+        return Unavailable("gateway", told)
+
+    @contextmanager
+    def _counted(self, kind: str) -> Iterator[None]:
+        self._running[kind] += 1
+        try:
+            yield
+        finally:
+            self._running[kind] -= 1
+
+    async def _bounded(self, exchange: _Exchange, seconds: float | None) -> None:
         _begin_call(exchange.scope, seconds)
         limit = asyncio.timeout(seconds)
         try:
@@ -198,9 +227,10 @@ class Guard:
         work.result()
 
 
-def _begin_call(scope: Any, seconds: float) -> None:
+def _begin_call(scope: Any, seconds: float | None) -> None:
     parent = Trace.parse(Headers(scope=scope).get("traceparent"))
-    set_current_call(CallContext(parent.child() if parent else Trace.start(), time.monotonic() + seconds))
+    deadline = None if seconds is None else time.monotonic() + seconds
+    set_current_call(CallContext(parent.child() if parent else Trace.start(), deadline))
 
 
 async def _disconnected(exchange: _Exchange) -> None:

@@ -10,7 +10,7 @@ from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http import create_app
-from imagemesh_gateway.http_guard import Guard, HttpLimits
+from imagemesh_gateway.http_guard import WS_MESSAGE_BYTES, Guard, HttpLimits
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.jobs.servicer import JobServicer
 from imagemesh_gateway.mesh import Mesh
@@ -38,12 +38,12 @@ class GatewayServer(MeshServer):
         self.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"
         )
-        app = Guard(create_app(mesh, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
+        app = Guard(create_app(mesh, self._jobs, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
         host, _, port = config.http_listen.rpartition(":")
         host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
         self._http = _EmbeddedUvicorn(
             uvicorn.Config(
-                app, host=host, port=int(port), lifespan="off", log_config=None,
+                app, host=host, port=int(port), lifespan="off", log_config=None, ws_max_size=WS_MESSAGE_BYTES,
                 access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
             )
         )  # fmt: skip

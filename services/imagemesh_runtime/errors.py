@@ -11,6 +11,7 @@ MeshError                  INTERNAL
 │   └── Hangs              UNAVAILABLE           ErrorInfo: which service, with a reason of its own
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
+├── PermissionDenied       PERMISSION_DENIED
 ├── Unimplemented          UNIMPLEMENTED
 ├── NotFinite              INTERNAL              ErrorInfo: which model
 ├── InternalError          INTERNAL              ErrorInfo: an id whose story is in the log
@@ -190,6 +191,12 @@ class FailedPrecondition(MeshError):
     """The request is well-formed, but this service can't do it as it is configured."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class PermissionDenied(MeshError):
+    """Who asks may not have this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class Unimplemented(MeshError):

@@ -102,13 +102,13 @@ class Jobs:
         self._runner.wake()
         return await self._describe(record), existed
 
-    async def get(self, job: str) -> pb.Job:
-        """How a job stands, with the pictures if it has succeeded.
+    async def get(self, job: str, pictures: bool = True) -> pb.Job:
+        """How a job stands, with the result if it has succeeded, of which the pictures may be left out.
 
         Raises:
             UnknownJob: there is none of this id.
         """
-        return await self._describe(await self._find(job), result=True)
+        return await self._describe(await self._find(job), result=True, pictures=pictures)
 
     async def page(self, request: pb.ListJobsRequest) -> tuple[list[pb.Job], str]:
         """A page of jobs, and the token for the next one."""
@@ -124,8 +124,8 @@ class Jobs:
         more = str(records[size - 1].seq) if len(records) > size else ""
         return [await self._describe(record) for record in records[:size]], more
 
-    async def watch(self, job: str) -> AsyncGenerator[pb.Job, None]:
-        """How a job stands, now and whenever that changes, until it is finished; the last has the pictures.
+    async def watch(self, job: str, pictures: bool = True) -> AsyncGenerator[pb.Job, None]:
+        """How a job stands, now and whenever that changes, until it is finished; the last has the result.
 
         Raises:
             UnknownJob: there is none of this id.
@@ -137,7 +137,7 @@ class Jobs:
                 changed.clear()
                 running = self._board.running.get(job)
                 record = await self._find(job) if running is None else running.record
-                now = await self._describe(record, result=True)
+                now = await self._describe(record, result=True, pictures=pictures)
                 if now != told:
                     told = now
                     yield now
@@ -170,7 +170,7 @@ class Jobs:
             raise UnknownJob(job)
         return record
 
-    async def _describe(self, record: Record, result: bool = False) -> pb.Job:
+    async def _describe(self, record: Record, result: bool = False, pictures: bool = True) -> pb.Job:
         message = job_message(record)
         running = self._board.running.get(record.id)
         if record.state is State.QUEUED:
@@ -178,7 +178,7 @@ class Jobs:
         elif record.state is State.RUNNING and running is not None:
             message.progress.CopyFrom(running.progress)
         elif record.state is State.SUCCEEDED and result:
-            message.result.CopyFrom(await self._store(lambda store: store.result(record)))
+            message.result.CopyFrom(await self._store(lambda store: store.result(record, pictures)))
         return message
 
     async def _generate(

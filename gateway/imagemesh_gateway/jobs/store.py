@@ -211,11 +211,13 @@ class Store:
             self._files.delete(job)
         return [row[0] for row in rows]
 
-    def result(self, record: Record) -> pb.GenerateResult:
-        """The result of a job that succeeded, with its pictures."""
+    def result(self, record: Record, pictures: bool = True) -> pb.GenerateResult:
+        """The result of a job that succeeded, with its pictures or without."""
         result = pb.GenerateResult.FromString(record.result or b"")
-        pictures = self._files.read(record.id, record.fence, len(result.images))
-        for image, png in zip(result.images, pictures, strict=True):
+        if not pictures:
+            return result
+        files = self._files.read(record.id, record.fence, len(result.images))
+        for image, png in zip(result.images, files, strict=True):
             image.png = png
         return result
 
