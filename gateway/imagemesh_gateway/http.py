@@ -15,6 +15,7 @@ from imagemesh_gateway.http_errors import add_error_handlers
 from imagemesh_gateway.http_job_body import JOB_ALLOWED
 from imagemesh_gateway.http_jobs import JOB_LIST_ALLOWED, JOBS_PATH, add_jobs
 from imagemesh_gateway.http_media import JSON, PNG, generation_answer, negotiated, require_json
+from imagemesh_gateway.http_openai import add_openai
 from imagemesh_gateway.http_preprocess import PATH, PREPROCESS_ALLOWED, add_preprocessors
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
@@ -52,6 +53,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
 
     add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
     add_jobs(app, jobs)
+    add_openai(app, mesh, jobs)
     by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
     add_error_handlers(app, ALLOWED, by_path)
     return app
