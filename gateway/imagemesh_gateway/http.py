@@ -23,6 +23,7 @@ from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
 from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.readiness import Readiness
+from imagemesh_gateway.sdapi.routes import add_sdapi
 from imagemesh_runtime.metrics import Metrics
 
 
@@ -54,6 +55,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
     add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
     add_jobs(app, jobs)
     add_openai(app, mesh, jobs)
+    add_sdapi(app, mesh, jobs)
     by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
     add_error_handlers(app, ALLOWED, by_path)
     return app

@@ -1,0 +1,96 @@
+"""Pictures as that API brings them: base64, fitted to the size asked for, holes filled."""
+
+import base64
+import binascii
+import io
+
+import numpy as np
+from PIL import Image
+
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.images import decode_file
+from imagemesh_runtime.tensors import Array
+
+LANCZOS = Image.Resampling.LANCZOS
+
+
+def file_of(text: object, field: str) -> bytes:
+    """The file behind base64 or a ``data:`` URL.
+
+    Raises:
+        InvalidArgument: it is neither.
+    """
+    if not isinstance(text, str) or not text:
+        raise InvalidArgument(field, text, "a picture in base64")
+    head, comma, data = text.partition(",")
+    try:
+        return base64.b64decode(data if comma and head.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidArgument(field, text, "a picture in base64") from error
+
+
+def picture_of(text: object, field: str) -> Image.Image:
+    """The picture behind base64.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    return Image.fromarray(decode_file(file_of(text, field), field))
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """The picture as a file."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def in_base64(file: bytes) -> str:
+    """The file as JSON has it."""
+    return base64.b64encode(file).decode()
+
+
+def fitted(picture: Image.Image, width: int, height: int, mode: int) -> Image.Image:
+    """Brought to a size: 0 stretched, 1 cropped in the middle, 2 whole, its edges drawn out into what is left."""
+    if mode == 0:
+        return picture.resize((width, height), LANCZOS)
+    choose = max if mode == 1 else min
+    scale = choose(width / picture.width, height / picture.height)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    resized = picture.resize(size, LANCZOS)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    if mode == 1:
+        return resized.crop((-left, -top, width - left, height - top))
+    pads = ((top, height - size[1] - top), (left, width - size[0] - left), (0, 0))
+    return Image.fromarray(np.pad(np.asarray(resized.convert("RGB")), pads, mode="edge"))
+
+
+def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture with what the mask marks (at least half of white) replaced by the colours around it.
+
+    Pull and push: averages of what is known on ever coarser grids, and from the coarsest back into the holes of the
+    next finer one (Gortler et al., The Lumigraph, 1996).
+    """
+    hole = np.asarray(mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)) >= 128
+    if hole.all() or not hole.any():
+        return picture
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    levels = [(pixels * ~hole[..., None], (~hole).astype(np.float32))]
+    while max(levels[-1][1].shape) > 1 and not levels[-1][1].all():
+        levels.append(_coarser(*levels[-1]))
+    known = levels[-1][0]
+    for colours, weights in reversed(levels[:-1]):
+        height, width = weights.shape
+        spread = known.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+        known = np.where(weights[..., None] > 0, colours, spread)
+    return Image.fromarray(np.clip(np.rint(known), 0, 255).astype(np.uint8))
+
+
+def _coarser(colours: Array, weights: Array) -> tuple[Array, Array]:
+    """A quarter of the cells, each the mean of those of its four that are known."""
+    height, width = (side + side % 2 for side in weights.shape)
+    pads = ((0, height - weights.shape[0]), (0, width - weights.shape[1]))
+    known = np.pad(weights, pads).reshape(height // 2, 2, width // 2, 2)
+    summed = np.pad(colours, (*pads, (0, 0))).reshape(height // 2, 2, width // 2, 2, 3) * known[..., None]
+    count = known.sum(axis=(1, 3))
+    return summed.sum(axis=(1, 3)) / np.maximum(count, 1)[..., None], (count > 0).astype(np.float32)
