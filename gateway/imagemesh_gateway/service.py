@@ -14,9 +14,11 @@ from imagemesh_gateway.http_guard import WS_MESSAGE_BYTES, Guard, HttpLimits
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.jobs.servicer import JobServicer
 from imagemesh_gateway.mesh import Mesh
+from imagemesh_gateway.oip import oip_models
 from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
 from imagemesh_runtime.server import MeshServer
 
 
@@ -37,6 +39,9 @@ class GatewayServer(MeshServer):
         self._jobs = Jobs(config, mesh, metrics)
         self.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"
+        )
+        self.add(
+            add_inference, InferenceServicer("imagemesh", oip_models(mesh, metrics), lambda: self.ready), FULL_NAME
         )
         app = Guard(create_app(mesh, self._jobs, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
         host, _, port = config.http_listen.rpartition(":")

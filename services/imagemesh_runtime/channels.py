@@ -18,5 +18,8 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 10000),
         ("grpc.keepalive_timeout_ms", 20000),
         ("grpc.http2.max_pings_without_data", 0),
+        # Triton's clients may ping every 200 ms, which gRPC would take for an attack.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
     ]

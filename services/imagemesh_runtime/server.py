@@ -82,6 +82,11 @@ class MeshServer:
             transport_service_pb2_grpc.add_TransportServiceServicer_to_server(self._leases, self._server)
             self._names.append("imagemesh.v1.TransportService")
 
+    @property
+    def ready(self) -> bool:
+        """Whether new work is welcome."""
+        return self._ready
+
     def on_drain(self, hand_back: Callable[[], Awaitable[None]]) -> None:
         """Await ``hand_back()`` when the server drains: work that another replica can go on with leaves at once."""
         self._on_drain.append(hand_back)

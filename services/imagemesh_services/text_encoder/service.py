@@ -3,6 +3,8 @@
 from imagemesh.v1 import text_encoder_service_pb2_grpc as rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
+from imagemesh_runtime.oip_stages import local_name, text_models
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.text_encoder.backend import BACKENDS, PromptModel, TextModel
@@ -18,5 +20,7 @@ def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel | Pro
     servicer = TextEncoderServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_TextEncoderServiceServicer_to_server, servicer, "imagemesh.v1.TextEncoderService")
+    faces = text_models(local_name(backend.cards), lambda request: servicer.EncodeText(request, None))
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
     server.on_stop(servicer.batcher.close)
     return server

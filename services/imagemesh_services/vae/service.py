@@ -3,6 +3,8 @@
 from imagemesh.v1 import vae_service_pb2_grpc as rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
+from imagemesh_runtime.oip_stages import local_name, vae_models
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.vae.backend import BACKENDS, VaeModel
@@ -17,5 +19,7 @@ def create(config: VaeConfig, lane: Lane) -> ModelServer[VaeModel]:
     servicer = VaeServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VaeServiceServicer_to_server, servicer, "imagemesh.v1.VaeService", parcels=True)
+    faces = vae_models(local_name(models.backend.cards), servicer.decode, servicer.encode)
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
     server.on_stop(servicer.batcher.close)
     return server

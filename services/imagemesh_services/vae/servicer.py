@@ -73,6 +73,18 @@ class VaeServicer(rpc.VaeServiceServicer):
             backend=self._models.backend.name,
         )
 
+    async def decode(self, model: str, latents: Array) -> Array:
+        """``DecodeLatents`` for a face that has arrays."""
+        request = pb.DecodeLatentsRequest(model=model, latents=to_proto(latents))
+        answer = await self.DecodeLatents(request, None)
+        return answer.payloads[0].reshape(answer.message.images.shape)
+
+    async def encode(self, model: str, images: Array) -> tuple[Array, Array]:
+        """``EncodeImages``, likewise: mean and log-variance."""
+        request = Parcel(pb.EncodeImagesRequest(model=model, images=to_proto(images)))
+        answer = await self.EncodeImages(request, None)
+        return from_proto(answer.mean, "mean"), from_proto(answer.log_variance, "log_variance")
+
     async def FitPreview(self, request: pb.FitPreviewRequest, context: Any) -> pb.FitPreviewResponse:
         model = await self._models.get(request.model)
         async with self._fitting:

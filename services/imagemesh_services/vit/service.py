@@ -4,7 +4,9 @@ from imagemesh.v1 import reference_service_pb2_grpc as reference_rpc
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import LoadedModels
+from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
+from imagemesh_runtime.oip_stages import local_name, vit_models
+from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.vit.automatic import open_backend
 from imagemesh_services.vit.backend import VitModel
@@ -21,6 +23,12 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     servicer = VitServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VitServiceServicer_to_server, servicer, "imagemesh.v1.VitService")
+    faces = vit_models(
+        local_name(models.backend.cards),
+        lambda request: servicer.ClassifyImages(request, None),
+        lambda request: servicer.EmbedImages(request, None),
+    )
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
     server.on_stop(servicer.close)
     _add_references(server, config, lane, metrics)
     return server
