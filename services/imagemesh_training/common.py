@@ -119,11 +119,14 @@ class Run:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: int = 100) -> None:
-    """Linear warm-up, then a cosine down to a hundredth of the peak (Loshchilov and Hutter, SGDR, 2017)."""
+    """Linear warm-up, then a cosine down to a hundredth of the peak (Loshchilov and Hutter, SGDR, 2017).
+
+    A parameter group's own `scale` multiplies its rate.
+    """
     done = min(step / max(steps, 1), 1.0)
     rate = peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))) * min((step + 1) / warmup, 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
 
 
 class Progress:

@@ -38,9 +38,12 @@ def as_hint(edges: Edges) -> Pixels:
 
 
 def overlap(a: Edges, b: Edges, within: int = 2) -> float:
-    """Intersection over union of two edge pictures, where a pixel counts as met by one at most `within` pixels away."""
+    """Intersection over union of two edge pictures, where a pixel counts as met by one at most `within` pixels away.
+
+    The intersection is the mean of what of `a` is met and what of `b` is, so that 0 pixels give the ordinary IoU.
+    """
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * within + 1, 2 * within + 1))
     near_a, near_b = cv2.dilate(a, kernel) > 0, cv2.dilate(b, kernel) > 0
-    met = int(((a > 0) & near_b).sum()) + int(((b > 0) & near_a).sum())
-    total = int((a > 0).sum()) + int((b > 0).sum())
+    met = (int(((a > 0) & near_b).sum()) + int(((b > 0) & near_a).sum())) / 2
+    total = int((a > 0).sum()) + int((b > 0).sum()) - met
     return met / total if total else 1.0

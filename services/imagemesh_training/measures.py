@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from imagemesh_training import augment, data, edges
+from imagemesh_training import augment, data, edges, poses
 from imagemesh_training.captions import plain_caption
 from imagemesh_training.data import COLOURS, Pixels, Scene, things
 from imagemesh_training.inpaint import inpaint
@@ -152,13 +152,13 @@ def autoencoder(models: Models, sprites: data.Sprites) -> dict[str, float]:
 
 
 def control(models: Models, sprites: data.Sprites, count: int = 72) -> dict[str, float]:
-    """How well edges are kept with the ControlNet and without; the prompts say neither size nor place."""
+    """How well edges are kept with the ControlNet and without; the prompts don't tell the pose."""
     if models.control is None:
         return {}
     rng = np.random.default_rng(5)
-    scenes = [data.random_scene(rng, held=True) for _ in range(count)]
-    wanted = [edges.canny(data.draw(scene, sprites, rng)) for scene in scenes]
-    prompts = [plain_caption(Scene(scene.thing, scene.colour)) for scene in scenes]
+    posed = [poses.random_pose(rng, held=True) for _ in range(count)]
+    wanted = [edges.canny(poses.draw(pose, sprites)) for pose in posed]
+    prompts = [plain_caption(pose.scene) for pose in posed]
     pipe = StableDiffusionControlNetPipeline(**models.pipe.components, controlnet=models.control)
     pipe.set_progress_bar_config(disable=True)
     hints = [Image.fromarray(edges.as_hint(lines)) for lines in wanted]

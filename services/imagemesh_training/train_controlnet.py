@@ -1,14 +1,15 @@
 """Train the ControlNet: edges or scribbles to pictures. `python -m imagemesh_training.train_controlnet --work DIR`.
 
 Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models" (2023): it starts as a copy of the UNet's
-down path behind zero-convolutions; the UNet and the text encoder stay as they are. Half the captions are dropped, so
-that it learns to read the edges.
+down path behind zero-convolutions; the UNet and the text encoder stay as they are. The things stand in poses that the
+captions don't tell, and half the captions are dropped, so that it learns to read the edges.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +17,32 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from imagemesh_training import data, edges, latents, tokenizer
+from imagemesh_training import data, edges, poses, tokenizer
 from imagemesh_training.captions import caption
 from imagemesh_training.common import Ema, Progress, Run, arguments, autocast, set_lr
-from imagemesh_training.train_unet import PICTURES, SCHEDULE, Denoiser, draw_timesteps, load
+from imagemesh_training.train_unet import SCHEDULE, Denoiser, draw_timesteps, load
 
 HINT_CHANNELS = (16, 32, 64, 96)  # three strides: 64 pixels to the 8 of the latents
 
 
-def hints_of(
-    cached: latents.LatentSet, picked: list[int], sprites: data.Sprites, rng: np.random.Generator
-) -> torch.Tensor:
+def hints_of(shown: list[poses.Pose], sprites: data.Sprites, rng: np.random.Generator) -> torch.Tensor:
     """Edges of the pictures, or for a third of them scribbles: float (n, 3, 64, 64), 0 or 1."""
     found = []
-    for index in picked:
-        picture = cached.picture(index, sprites)
+    for pose in shown:
+        picture = poses.draw(pose, sprites)
         lines = edges.scribble(picture, rng) if rng.random() < 0.33 else edges.canny(picture)
         found.append(edges.as_hint(lines))
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 255
+
+
+def groups_of(control: ControlNetModel) -> list[dict[str, Any]]:
+    """The copied weights, and what starts from nothing or from zero: that learns faster, or hints are long unheard."""
+    new = ("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_mid_block.")
+    named = list(control.named_parameters())
+    return [
+        {"params": [value for name, value in named if not name.startswith(new)]},
+        {"params": [value for name, value in named if name.startswith(new)], "scale": 4.0},
+    ]
 
 
 def loss_of(
@@ -62,23 +71,24 @@ def train(args: argparse.Namespace) -> None:
     words = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     base = load(folder / "unet", folder / "text_encoder", words).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-    cached = latents.load_or_make(args.work / "cache" / "latents.npz", vae, sprites, args.pictures, args.seed)
+    posed = poses.load_or_make(args.work / "cache" / "poses.npz", vae, sprites, args.pictures, args.seed)
     if args.init:
         control = ControlNetModel.from_pretrained(args.init).float()
     else:
         control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS)
     control.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(control.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups_of(control), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(control, optimizer, Ema(control, 0.99), np.random.default_rng(args.seed), args.work / "controlnet.pt")
     run.resume()
     noiser = DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "steps_offset"})
     progress = Progress(args.steps)
     while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr)
-        picked = cached.pick(run.rng, args.batch)
-        texts = [caption(cached.scenes[i], run.rng) if run.rng.random() > 0.5 else "" for i in picked]
+        picked = run.rng.integers(len(posed.poses), size=args.batch).tolist()
+        shown = [posed.poses[i] for i in picked]
+        texts = [caption(pose.scene, run.rng) if run.rng.random() > 0.5 else "" for pose in shown]
         ids = words(texts, padding="max_length", max_length=tokenizer.LENGTH, return_tensors="pt").input_ids
-        loss = loss_of(base, control, cached.at(picked), ids, hints_of(cached, picked, sprites, run.rng), noiser)
+        loss = loss_of(base, control, posed.at(picked), ids, hints_of(shown, sprites, run.rng), noiser)
         run.learn(loss)
         progress.add(run.step, loss=loss.item())
         run.save_if_due(args.save_minutes)
@@ -93,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments("Train the ControlNet", steps=3000, lr=4e-4, batch=48)
     parser.add_argument("--base", type=Path, help="pipeline folder it controls; default WORK/sd")
     parser.add_argument("--init", type=Path, help="ControlNet folder to start from")
-    parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--pictures", type=int, default=12000)
     train(parser.parse_args(argv))
 
 

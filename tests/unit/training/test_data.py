@@ -104,3 +104,4 @@ def test_overlap_is_one_for_the_same_edges_and_zero_for_far_ones() -> None:
     assert edges.overlap(a, a) == 1.0
     assert edges.overlap(a, np.roll(a, 2, axis=0)) == 1.0
     assert edges.overlap(a, b) == 0.0
+    assert edges.overlap(a, a | b) == 0.5
