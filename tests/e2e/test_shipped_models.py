@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 from transformers import pipeline
 
 import imagemesh_models
-from imagemesh_training import augment, data, measures
+from imagemesh_training import augment, data, edges, measures
 from imagemesh_training.data import Scene
 
 ROOT = imagemesh_models.root()
@@ -47,6 +47,16 @@ def test_every_model_has_a_card() -> None:
 
 def test_a_scheduler_made_from_the_shipped_one_leaves_latents_beyond_1(models: measures.Models) -> None:
     assert DDIMScheduler.from_config(models.pipe.scheduler.config).config.clip_sample is False
+
+
+def test_the_library_s_pipeline_takes_the_controlnet_unchanged(models: measures.Models, sprites: data.Sprites) -> None:
+    assert models.control is not None
+    pipe = StableDiffusionControlNetPipeline(**models.pipe.components, controlnet=models.control)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = data.draw(Scene(NAMES.index("apple"), "blue"), sprites)
+    hint = Image.fromarray(edges.as_hint(edges.canny(drawn)))
+    made = pipe("an apple on a blue background", image=hint, num_inference_steps=8, guidance_scale=2.0).images[0]
+    assert np.asarray(made).shape == drawn.shape
 
 
 def test_the_library_loads_the_classifier_unchanged_and_it_names_a_picture(sprites: data.Sprites) -> None:
