@@ -75,16 +75,17 @@ def test_a_low_strength_leaves_a_thing_where_the_prompt_alone_would_not_draw_it(
 
 
 def test_a_control_puts_things_where_its_edges_are(client: Client) -> None:
-    """Edges of things in poses that their prompts don't tell: met at least half as well again as without them."""
+    """Edges of small things in poses that their prompts don't tell: met at least twice as well as without them."""
     rng, sprites = np.random.default_rng(12), data.load_sprites()
     met: dict[bool, list[float]] = {True: [], False: []}
-    for pose in (poses.random_pose(rng) for _ in range(12)):
+    posed = [poses.random_pose(rng) for _ in range(30)]
+    for pose in [pose for pose in posed if pose.side <= 36][:10]:
         wanted = edges.canny(poses.draw(pose, sprites))
         hint = Control(Image.fromarray(edges.as_hint(wanted)))
         for controlled, controls in ((True, [hint]), (False, [])):
             picture = client.generate(plain_caption(pose.scene), controls=controls, seed=4).images[0].to_pil()
             met[controlled].append(edges.overlap(edges.canny(np.asarray(picture)), wanted))
-    assert np.mean(met[True]) > 1.5 * np.mean(met[False])
+    assert np.mean(met[True]) > 2 * np.mean(met[False])
 
 
 def test_inpainting_redraws_inside_the_mask_and_nothing_else(client: Client) -> None:
