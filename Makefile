@@ -6,6 +6,7 @@ ACCEL ?= cpu
 TAG ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS_AT_ONCE ?= 2
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -32,8 +33,8 @@ demo: install ## start the mesh, generate a picture into out/, classify it, prin
 run: install ## run the whole mesh in one process (imagemesh up)
 	$(BIN)/imagemesh up
 
-test: dev ## all tests
-	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/full
+test: dev ## all tests, two files at a time
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/full -n $(TESTS_AT_ONCE) --dist loadfile
 
 test-full: test ## all tests, then the long campaigns (25 minutes more), with a report in docs/reports/
 	$(BIN)/python -m tests.full

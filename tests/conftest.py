@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Gateways keep their jobs there; the tests' ones must not find each other's, nor the user's.
 _STATE = tempfile.TemporaryDirectory(prefix="imagemesh-state-", ignore_cleanup_errors=True)
 os.environ["XDG_STATE_HOME"] = _STATE.name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give tests that run side by side short folders: with pytest's own, paths of sockets would pass 107 bytes."""
+    if getattr(config.option, "numprocesses", None) and not config.option.basetemp:
+        config.option.basetemp = tempfile.mkdtemp(prefix="im")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Leave those folders to look at only where something failed."""
+    if getattr(session.config.option, "numprocesses", None) and exitstatus == 0:
+        shutil.rmtree(session.config.option.basetemp, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
