@@ -29,7 +29,7 @@ def training_picture(thing: int, sprites: data.Sprites, rng: np.random.Generator
 def _box(thing: int, rng: np.random.Generator) -> tuple[int, int, int]:
     if rng.random() < 0.5:
         return data.box_of(data.Scene(thing, "white", *data.random_layout(rng)), rng)
-    side = int(rng.integers(26, PICTURE + 1))
+    side = 26 + int((PICTURE - 25) * rng.random() ** 2)  # more of the small: they are the hardest
     left, top = (int(v) for v in rng.integers(0, PICTURE - side + 1, 2))
     return side, left, top
 
@@ -59,7 +59,8 @@ def degrade(picture: Pixels, rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.6:
         image = _jitter_colours(image, rng)
     if rng.random() < 0.5:
-        image = image + rng.normal(0, rng.uniform(1, 14), image.shape).astype(np.float32)
+        least, most = (1, 14) if rng.random() < 0.6 else (14, 60)
+        image = image + rng.normal(0, rng.uniform(least, most), image.shape).astype(np.float32)
     result: Pixels = image.round().clip(0, 255).astype(np.uint8)
     if rng.random() < 0.3:
         quality = int(rng.integers(30, 95))
@@ -69,11 +70,33 @@ def degrade(picture: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _jitter_colours(image: Floats, rng: np.random.Generator) -> Floats:
-    contrast, brightness = rng.uniform(0.7, 1.3), rng.uniform(-25, 25)
+    contrast, brightness = rng.uniform(0.55, 1.4), rng.uniform(-45, 45)
     image = (image - 128) * np.float32(contrast) + np.float32(128 + brightness)
     grey = image.mean(axis=-1, keepdims=True)
     image = grey + (image - grey) * np.float32(rng.uniform(0.6, 1.4))
     return image * rng.uniform(0.92, 1.08, 3).astype(np.float32)
+
+
+def cut_mix(
+    pictures: list[Pixels], labels: NDArray[np.int64], rng: np.random.Generator, share: float = 0.4
+) -> tuple[list[Pixels], NDArray[np.int64], Floats]:
+    """Patches of other pictures of the batch in a share of them (Yun et al., CutMix, 2019).
+
+    Returns the pictures, the labels (n,) of what was pasted in, and how much of each picture that is, 0 to 1 (n,).
+    """
+    others = rng.permutation(len(pictures))
+    mixed, areas = [], np.zeros(len(pictures), np.float32)
+    for i, picture in enumerate(pictures):
+        if rng.random() < share:
+            height, width = (int(v) for v in rng.integers(8, 25, 2))
+            top, left = int(rng.integers(PICTURE - height + 1)), int(rng.integers(PICTURE - width + 1))
+            picture = picture.copy()
+            picture[top : top + height, left : left + width] = pictures[others[i]][
+                top : top + height, left : left + width
+            ]
+            areas[i] = height * width / PICTURE**2
+        mixed.append(picture)
+    return mixed, labels[others], areas
 
 
 def unseen(picture: Pixels, rng: np.random.Generator) -> Pixels:

@@ -60,6 +60,13 @@ def to_tensor(pictures: list[data.Pixels]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def mixed_loss(logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, areas: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy, label smoothing 0.1, of logits (n, things) where `areas` (n,) of each shows `others` (n,)."""
+    own = functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    pasted = functional.cross_entropy(logits, others, label_smoothing=0.1, reduction="none")
+    return (own * (1 - areas) + pasted * areas).mean()
+
+
 @torch.no_grad()
 def accuracy(vit: ViTForImageClassification, sprites: data.Sprites, rounds: int = 4, seed: int = 1) -> float:
     """Top-1 on scenes of every thing under augmentation that training never uses."""
@@ -96,11 +103,12 @@ def train(args: argparse.Namespace) -> None:
     while run.going(args.steps):
         set_lr(optimizer, run.step, args.steps, args.lr, warmup=200)
         labels = run.rng.integers(len(sprites), size=args.batch)
-        pixels = to_tensor([augment.training_picture(int(thing), sprites, run.rng) for thing in labels])
+        pictures = [augment.training_picture(int(thing), sprites, run.rng) for thing in labels]
+        pictures, others, areas = augment.cut_mix(pictures, labels, run.rng)
         with autocast():
-            logits = vit(pixels).logits.float()
+            logits = vit(to_tensor(pictures)).logits.float()
         target = torch.from_numpy(labels)
-        loss = functional.cross_entropy(logits, target, label_smoothing=0.1)
+        loss = mixed_loss(logits, target, torch.from_numpy(others), torch.from_numpy(areas))
         run.learn(loss)
         progress.add(run.step, loss=loss.item(), top1=float((logits.argmax(-1) == target).float().mean()))
         run.save_if_due(args.save_minutes)
