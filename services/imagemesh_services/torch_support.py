@@ -87,6 +87,25 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     return result
 
 
+def plus(one: Array, other: Array) -> Array:
+    """The arrays' sum on the host, rounded as torch does.
+
+    Raises:
+        ValueError: their shapes don't go together.
+    """
+    try:
+        return to_numpy(_seen(one) + _seen(other))
+    except RuntimeError as error:
+        raise ValueError(f"shapes {list(one.shape)} and {list(other.shape)}") from error
+
+
+def _seen(array: Array) -> torch.Tensor:
+    """The array as a tensor, not copied; only to be read."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> Any:
     """A diffusers or transformers module from safetensors (never a pickle), in eval mode on the device.
 

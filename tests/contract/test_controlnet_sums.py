@@ -1,9 +1,11 @@
 """Several ControlNets of one generation: added up at the source, as diffusers' MultiControlNetModel adds them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,36 @@ def test_units_that_are_not_at_work_are_not_asked(model, monkeypatch):
     same(told(asked, 0, 2), [a + b for a, b in zip(told(asked, 0), told(asked, 2), strict=True)])
     monkeypatch.setattr(asked._runs[1], "residuals", None)
     told(asked, 0, 2)
+
+
+def test_an_empty_part_tells_that_the_last_unit_begins(model, monkeypatch):
+    asked = session(model, (False, False))
+    parts: list[Part] = []
+    seen: list[int] = []
+    for run in asked._runs:
+        monkeypatch.setattr(run, "residuals", partial(noted, run.residuals, parts, seen))
+    asked.residuals(SAMPLE, 601.0, (0, 1), parts.append)
+    assert seen == [0, 1]
+    assert (list(parts[0].down), parts[0].mid) == ([], None)
+    assert all(part.down or part.mid is not None for part in parts[1:])
+
+
+def noted(residuals: Any, parts: list[Part], seen: list[int], *step: Any) -> None:
+    """The unit's residuals, after a note of how many parts had left when it was asked."""
+    seen.append(len(parts))
+    residuals(*step)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_a_sum_is_rounded_as_numpy_rounds_it(model, dtype):
+    one, other = numbers.normal(size=(2, 2, 8, 16, 16)).astype(dtype)
+    found = model.plus(one, other)
+    assert (found.dtype, found.tobytes()) == (one.dtype, (one + other).tobytes())
+
+
+def test_what_cannot_be_added_is_refused(model):
+    with pytest.raises(ValueError, match="shapes"):
+        model.plus(np.zeros((2, 3), np.float16), np.zeros((2, 4), np.float16))
 
 
 def test_guessing_units_answer_for_the_prompts_rows_alone(model):

@@ -26,6 +26,7 @@ class Recording(control_rpc.ControlNetServiceServicer):
         self.traces: list[str] = []
         self.remaining: list[float] = []
         self.hangs = False
+        self.empty = 0  # messages before a step's residuals
         self.mid = np.zeros((1, 1, 1, 1), np.float32)
         self.ended = asyncio.Event()
 
@@ -38,6 +39,8 @@ class Recording(control_rpc.ControlNetServiceServicer):
                     continue
                 if self.hangs:
                     await asyncio.Event().wait()
+                for _ in range(self.empty):
+                    yield control_pb.ControlResponse()
                 zeros = to_proto(np.zeros((1, 4, 8, 8), np.float32))
                 yield control_pb.ControlResponse(down_residuals=[zeros], mid_residual=to_proto(self.mid))
         finally:
@@ -97,6 +100,14 @@ async def test_a_controlnet_that_hangs_is_named_and_its_session_ended(
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "controlnet: no residuals within 0.5 s" in caught.value.details()
     await asyncio.wait_for(controlnet[0].ended.wait(), timeout=10)
+
+
+async def test_a_step_begins_with_one_empty_message_at_most(controlnet: tuple[Recording, str], sampler: Any) -> None:
+    controlnet[0].empty = 1
+    assert [response async for response in sampler.Sample(request(), timeout=20)][-1].result.evaluations == 3
+    controlnet[0].empty = 2
+    with pytest.raises(grpc.RpcError, match="down_residuals must be one with residuals, got 'an empty message'"):
+        [response async for response in sampler.Sample(request(), timeout=20)]
 
 
 async def test_a_cancelled_generation_ends_its_session(controlnet: tuple[Recording, str], sampler: Any) -> None:

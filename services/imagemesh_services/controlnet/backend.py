@@ -74,6 +74,13 @@ class ControlModel(Protocol):
             InvalidArgument: the embeddings or the weights don't fit the model.
         """
 
+    def plus(self, one: Array, other: Array) -> Array:
+        """Two residuals' sum, to the bit what the model's library makes of it; called on the lane.
+
+        Raises:
+            ValueError: their shapes don't go together.
+        """
+
 
 @runtime_checkable
 class PictureAdapter(Protocol):

@@ -10,6 +10,8 @@ from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import ControlInputs, ControlModel, ControlRun, Emit, Part, whole
 
+Plus = Callable[[Array, Array], Array]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -74,8 +76,8 @@ class Session:
     def residuals(self, sample: Array, timestep: float, places: Sequence[int], emit: Emit) -> None:
         """The residuals of the units at ``places``, added up in this order, as diffusers' MultiControlNetModel does.
 
-        All but the last unit's are complete before its blocks leave one by one. If all of these units are asked about
-        the prompt's rows alone, the residuals have those alone.
+        All but the last unit's are complete before its blocks leave one by one, after an empty part that tells of its
+        beginning. If all of these units are asked about the prompt's rows alone, the residuals have those alone.
 
         Raises:
             InvalidArgument: the rows don't fit the pictures or the embeddings, or the units one another.
@@ -89,16 +91,18 @@ class Session:
         for place, skipped in zip(places[:-1], skips[:-1], strict=True):
             part = whole(self._runs[place], sample[skipped:], timestep)
             assert part.mid is not None
-            so_far = _sum(so_far, [_filled(one, wanted) for one in (*part.down, part.mid)], place)
-        last = _Adding(so_far, wanted, places[-1], emit) if so_far else emit
+            filled = [_filled(one, wanted) for one in (*part.down, part.mid)]
+            so_far = _sum(self._units[place].model.plus, so_far, filled, place)
+        last = _Adding(so_far, units[-1].model.plus, wanted, places[-1], emit) if so_far else emit
+        emit(Part([]))
         self._runs[places[-1]].residuals(sample[skips[-1] :], timestep, last)
 
 
 class _Adding:
     """Adds each part of the last unit to what the others came to."""
 
-    def __init__(self, so_far: Sequence[Array], rows: int, place: int, emit: Callable[[Part], None]) -> None:
-        self._so_far, self._rows, self._place, self._emit = so_far, rows, place, emit
+    def __init__(self, so_far: Sequence[Array], plus: Plus, rows: int, place: int, emit: Emit) -> None:
+        self._plus, self._so_far, self._rows, self._place, self._emit = plus, so_far, rows, place, emit
         self._at = 0
 
     def __call__(self, part: Part) -> None:
@@ -115,7 +119,7 @@ class _Adding:
         if self._at >= len(self._so_far):
             raise _misfit(self._place, f"more than {self._at} residuals", str(self._at))
         self._at += 1
-        return _sum([self._so_far[self._at - 1]], [mine], self._place)[0]
+        return _sum(self._plus, [self._so_far[self._at - 1]], [mine], self._place)[0]
 
 
 def _filled(rows: Array, wanted: int) -> Array:
@@ -125,13 +129,13 @@ def _filled(rows: Array, wanted: int) -> Array:
     return np.concatenate([np.zeros((wanted - len(rows), *rows.shape[1:]), rows.dtype), rows])
 
 
-def _sum(so_far: Sequence[Array], more: Sequence[Array], place: int) -> list[Array]:
+def _sum(plus: Plus, so_far: Sequence[Array], more: Sequence[Array], place: int) -> list[Array]:
     if not so_far:
         return list(more)
     if len(so_far) != len(more):
         raise _misfit(place, f"{len(more)} residuals", str(len(so_far)))
     try:
-        return [one + other for one, other in zip(so_far, more, strict=True)]
+        return [plus(one, other) for one, other in zip(so_far, more, strict=True)]
     except ValueError as error:
         shapes = [list(one.shape[1:]) for one in more]
         raise _misfit(place, f"residuals of {shapes}", str([list(one.shape[1:]) for one in so_far])) from error

@@ -137,7 +137,7 @@ class _Asked:
         return self._peers[0]
 
     async def ask(self, question: Question, begun: Callable[[], None]) -> Residuals:
-        """The units' residuals; ``begun`` is called once, when the first of them are there."""
+        """The units' residuals; ``begun`` is called once, when the last of them is at work."""
         heard = False
 
         def first() -> None:
@@ -167,6 +167,7 @@ class _Asked:
 
     async def _hear(self, session: Session[Answer], first: Callable[[], None]) -> Residuals:
         down: list[Array] = []
+        heard = False  # that the work has begun
         while True:
             answer = await session.hear()
             told, at = answer.message, len(down)
@@ -181,8 +182,9 @@ class _Asked:
                 found = Residuals(down, self._read(answer, "mid_residual", told.mid_residual, scales))
                 first()
                 return found
-            if len(down) == at:
+            if len(down) == at and (at or heard):
                 raise InvalidArgument("down_residuals", "an empty message", "one with residuals")
+            heard = True
             first()
 
     def _read(self, answer: Answer, field: str, residual: Tensor, scales: Tensor | None) -> Array:

@@ -17,8 +17,8 @@ from imagemesh_services.diffusion.incoming import Incoming
 async def steer(generation: Generation, lane: Lane, metrics: Metrics, wake: Callable[[], None]) -> None:
     """Ask for the residuals of every evaluation that is left, as part of the generation's own call.
 
-    The generation may run as soon as the first residuals of an evaluation are there: then the ControlNet is at it, and
-    the UNet does what it can without them. ``wake`` is called whenever it may have become runnable.
+    The generation may run as soon as the ControlNet is at it, before the first residuals are there: the UNet does what
+    it can without them. ``wake`` is called whenever it may have become runnable.
 
     Raises:
         MeshError: a ControlNet failed, or did not answer in time.

@@ -128,7 +128,8 @@ class ControlStart(_message.Message):
     RESIDUALS_FIELD_NUMBER: _builtins.int
     by_block: _builtins.bool
     """Answer a step with a message for each block of the ControlNet as soon as its residuals are there, high resolutions
-    first. Together, in their order, they say what one message would; the last one has mid_residual.
+    first. Together, in their order, they say what one message would; the last one has mid_residual. The first may be
+    empty: it tells that the work has begun, so that the UNet can begin as well.
     """
     negative_rows: _builtins.int
     """How many of the rows, from the first, are the negative prompt's."""

@@ -38,6 +38,10 @@ class FakeControlModel:
     def start(self, inputs: ControlInputs) -> FakeControlRun:
         return FakeControlRun(inputs)
 
+    def plus(self, one: Array, other: Array) -> Array:
+        result: Array = one + other
+        return result
+
     def features(self, image: Array) -> list[Array]:
         return [np.full((1, 1, 1, 1), image.mean() / 255, np.float32)]
 
