@@ -2,17 +2,21 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
-_FIELD = re.compile(r'\s*([\w ][\w \-/]*?):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+# Matched from field to field in a short line: searched for in a long one, it takes the cube of its length.
+_FIELD = re.compile(r'([\w ][\w \-/]{0,60}?):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _MAX: Final = 100_000  # characters
-_SIZE = re.compile(r"([0-9]+)x([0-9]+)")
+_MAX_LINE: Final = 8192
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
 def read_infotext(text: str) -> dict[str, str]:
     """``Prompt``, ``Negative prompt``, and the fields of the last line; what can't be read is left out."""
     lines = text[:_MAX].strip().split("\n")
-    fields = dict(_FIELD.findall(lines[-1])) if len(_FIELD.findall(lines[-1])) >= 3 else {}
+    found = list(_fields_of(lines[-1]))
+    fields = dict(found) if len(found) >= 3 else {}
     if fields:
         lines.pop()
     prompts: dict[str, list[str]] = {"Prompt": [], "Negative prompt": []}
@@ -24,6 +28,20 @@ def read_infotext(text: str) -> dict[str, str]:
         prompts[key].append(said)
     told = {name: "\n".join(one) for name, one in prompts.items()}
     return told | {name: _unquoted(value.strip()) for name, value in fields.items()}
+
+
+def _fields_of(line: str) -> Iterator[tuple[str, str]]:
+    """Names and values, in order; of a line longer than any that is written, those in its first part."""
+    if len(line) > _MAX_LINE:
+        line = line[:_MAX_LINE].rpartition(",")[0]
+    place = 0
+    while place < len(line):
+        match = _FIELD.match(line, place)
+        if match is None:  # no field stands here: the next one begins behind a comma
+            place = (line.find(",", place) + 1) or len(line)
+        else:
+            yield match[1].strip(), match[2]
+            place = match.end()
 
 
 def _unquoted(value: str) -> str:

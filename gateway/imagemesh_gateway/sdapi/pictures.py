@@ -5,7 +5,7 @@ import binascii
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.images import decode_file
@@ -54,13 +54,12 @@ def fitted(picture: Image.Image, width: int, height: int, mode: int) -> Image.Im
     """Brought to a size: 0 stretched, 1 cropped in the middle, 2 whole, its edges drawn out into what is left."""
     if mode == 0:
         return picture.resize((width, height), LANCZOS)
-    choose = max if mode == 1 else min
-    scale = choose(width / picture.width, height / picture.height)
+    if mode == 1:  # cropped first: scaled whole, a strip would be thousands of times as large as what is left of it
+        return ImageOps.fit(picture, (width, height), LANCZOS)
+    scale = min(width / picture.width, height / picture.height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     resized = picture.resize(size, LANCZOS)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    if mode == 1:
-        return resized.crop((-left, -top, width - left, height - top))
     pads = ((top, height - size[1] - top), (left, width - size[0] - left), (0, 0))
     return Image.fromarray(np.pad(np.asarray(resized.convert("RGB")), pads, mode="edge"))
 
