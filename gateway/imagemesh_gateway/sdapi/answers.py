@@ -10,9 +10,17 @@ from imagemesh.v1 import gateway_service_pb2
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.sdapi.bodies import GenerationBody
 from imagemesh_gateway.sdapi.pictures import in_base64
+from imagemesh_gateway.sdapi.units import PICTURES
 
 # Pictures that come in are not sent back.
 _LEFT_OUT: Final = ("init_images", "mask", "latent_mask", "firstpass_image", "infotext")
+
+
+def without_pictures(value: Any) -> Any:
+    """The scripts' arguments again, their pictures null."""
+    if isinstance(value, dict):
+        return {name: None if name in PICTURES else without_pictures(one) for name, one in value.items()}
+    return [without_pictures(one) for one in value] if isinstance(value, list) else value
 
 
 def generation_json(
@@ -21,6 +29,7 @@ def generation_json(
     """The whole answer; no result: it was interrupted."""
     images = [] if result is None else list(result.images)
     parameters = body.model_dump(exclude=set(_LEFT_OUT)) | dict.fromkeys(_LEFT_OUT[:2])
+    parameters["alwayson_scripts"] = without_pictures(body.alwayson_scripts)
     info = _info(job, result, body) | {"ignored_settings": ignored, "interrupted": result is None}
     shown = images if body.send_images is not False else []
     return {

@@ -1,15 +1,34 @@
 """What ``txt2img`` and ``img2img`` take: that API's fields, under its names and with its defaults."""
 
-from typing import Any, Final
+import math
+from typing import Annotated, Any, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from imagemesh_gateway.http_body import Strict, Text
 from imagemesh_runtime.limits import MAX_CONTROLS, MAX_IMAGES
 
 # Most of a request's lists and objects of free form.
 _MAX_FREE: Final = 200
-Number = float | None
+_MAX_DEPTH: Final = 16
+
+
+def _sayable(value: Any, depth: int = 0) -> Any:
+    """What JSON can say again, since answers repeat it: no NaN, no half of a surrogate pair, nothing too deep."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("nested too deep")
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("not a finite number")
+    elif isinstance(value, dict | list):
+        for one in value if isinstance(value, list) else (*value, *value.values()):
+            _sayable(one, depth + 1)
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+Free = Annotated[Any, AfterValidator(_sayable)]
 
 
 class GenerationBody(Strict):
@@ -32,10 +51,10 @@ class GenerationBody(Strict):
     height: int | None = None
     clip_skip: int | None = None
     denoising_strength: Number = None
-    override_settings: dict[Text, Any] | None = Field(None, max_length=_MAX_FREE)
+    override_settings: dict[Text, Free] | None = Field(None, max_length=_MAX_FREE)
     script_name: Text | None = None
-    script_args: list[Any] | None = Field(None, max_length=_MAX_FREE)
-    alwayson_scripts: dict[Text, Any] | None = Field(None, max_length=_MAX_FREE)
+    script_args: list[Free] | None = Field(None, max_length=_MAX_FREE)
+    alwayson_scripts: dict[Text, Free] | None = Field(None, max_length=_MAX_FREE)
     restore_faces: bool | None = False
     tiling: bool | None = False
     send_images: bool | None = True
@@ -58,7 +77,7 @@ class GenerationBody(Strict):
     refiner_switch_at: Number = None
     disable_extra_networks: bool | None = False
     firstpass_image: Text | None = None
-    comments: dict[Text, Any] | None = Field(None, max_length=_MAX_FREE)
+    comments: dict[Text, Free] | None = Field(None, max_length=_MAX_FREE)
 
 
 class Txt2ImgBody(GenerationBody):
@@ -100,15 +119,19 @@ class Img2ImgBody(GenerationBody):
     include_init_images: bool | None = False
 
 
-_TEXT, _WHOLE, _NUMBER = "a string of valid Unicode", "a whole number", "a number"
+_TEXT, _WHOLE, _NUMBER = "a string of valid Unicode", "a whole number", "a finite number"
+_FREE: Final = f"finite numbers and valid Unicode, nested at most {_MAX_DEPTH} deep"
 _SAID: Final = {
     "batch_size": f"1 to {MAX_IMAGES}",
     "n_iter": f"1 to {MAX_IMAGES}",
     "resize_mode": "0 (just resize), 1 (crop and resize), 2 (resize and fill)",
     "inpainting_fill": "0 (fill), 1 (original)",
     "inpainting_mask_invert": "0, 1",
+    "override_settings": f"an object of {_FREE}",
+    "comments": f"an object of {_FREE}",
+    "script_args": f"a list of {_FREE}",
     "init_images": "a list of pictures in base64",
-    "alwayson_scripts": f"an object of ControlNet with args, at most {MAX_CONTROLS} units",
+    "alwayson_scripts": f"an object of ControlNet with args, at most {MAX_CONTROLS} units, of {_FREE}",
 }
 
 

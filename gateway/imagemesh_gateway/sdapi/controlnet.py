@@ -85,7 +85,7 @@ async def _detected(mesh: Mesh, body: DetectBody) -> list[str]:
     if not body.controlnet_input_images:
         raise InvalidArgument("controlnet_input_images", "none", f"1 to {MAX_IMAGES} pictures in base64")
     info = find_preprocessor(await mesh.preprocessors.infos(), body.controlnet_module)
-    given = thresholds(info, body.controlnet_threshold_a, body.controlnet_threshold_b)
+    given = thresholds(info, body.controlnet_threshold_a, body.controlnet_threshold_b, "controlnet_")
     images = []
     for i, text in enumerate(body.controlnet_input_images):
         request = pb.PreprocessRequest(

@@ -13,6 +13,12 @@ from imagemesh_runtime.preprocessing import MIN_RESOLUTION, find_preprocessor
 SCRIPT: Final = "controlnet"
 _NONE: Final = frozenset({"", "none"})
 _MODES: Final = {"balanced": False, "0": False, "controlnet is more important": True, "2": True}
+# The fields of a unit in which pictures come.
+PICTURES: Final = frozenset({
+    "image", "input_image", "mask", "mask_image", "effective_region_mask", "ipadapter_input", "batch_images",
+    "generated_image", "batch_input_gallery", "batch_mask_gallery", "multi_inputs_gallery",
+})  # fmt: skip
+_MAX_THRESHOLD: Final = 1e9
 # All fields of a unit; the ones behind the first line change nothing here.
 _FIELDS: Final = (
     "enabled", "image", "input_image", "module", "model", "weight", "processor_res", "threshold_a", "threshold_b",
@@ -70,17 +76,23 @@ def control(
         told.preprocessor = info.name
         resolution = _resolution(unit, field)
         told.preprocessor_resolution = resolution
-        for name, value in thresholds(info, unit.get("threshold_a"), unit.get("threshold_b")).items():
+        given = thresholds(info, unit.get("threshold_a"), unit.get("threshold_b"), f"{field}.")
+        for name, value in given.items():
             told.preprocessor_parameters[name] = value
     return told
 
 
-def thresholds(info: preprocess_service_pb2.PreprocessorInfo, a: Any, b: Any) -> dict[str, str]:
-    """The first two thresholds of the preprocessor, as JSON; values of no kind and negative ones are its defaults."""
+def thresholds(info: preprocess_service_pb2.PreprocessorInfo, a: Any, b: Any, prefix: str) -> dict[str, str]:
+    """The first two thresholds of the preprocessor, as JSON; values of no kind and negative ones are its defaults.
+
+    Raises:
+        InvalidArgument: one is larger than any preprocessor's, told by its field's name behind ``prefix``.
+    """
     names = [parameter.name for parameter in info.parameters if "threshold" in parameter.name]
     given = {}
-    for name, value in zip(names, (a, b), strict=False):
+    for name, side, value in zip(names, "ab", (a, b), strict=False):
         if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+            check_range(f"{prefix}threshold_{side}", value, 0, _MAX_THRESHOLD)
             given[name] = json.dumps(int(value) if float(value).is_integer() else value)
     return given
 
