@@ -16,6 +16,7 @@ from starlette.routing import Match
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http_errors import RefusedRequest, error_response, unforeseen
 from imagemesh_gateway.http_job_events import EVENTS_PATH, SOCKET_PATH
+from imagemesh_gateway.http_origin import SAFE_METHODS, check_origin
 from imagemesh_runtime.context import CallContext, Trace, set_current_call
 from imagemesh_runtime.errors import DeadlineExceeded, MeshError, Unavailable
 from imagemesh_runtime.metrics import Metrics
@@ -157,6 +158,8 @@ class Guard:
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
+                if exchange.scope["method"] not in SAFE_METHODS:
+                    check_origin(Headers(scope=exchange.scope), "change anything")
                 body = await self._body(exchange)
                 await self._while_connected(exchange, body)
         except _ClientGoneError:

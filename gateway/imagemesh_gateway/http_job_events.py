@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import StreamingResponse
@@ -14,8 +13,9 @@ from starlette.websockets import WebSocketDisconnect
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.http_errors import error_body, error_response
 from imagemesh_gateway.http_job_body import job_json, state_name
+from imagemesh_gateway.http_origin import check_origin
 from imagemesh_gateway.jobs.service import Jobs
-from imagemesh_runtime.errors import MeshError, PermissionDenied
+from imagemesh_runtime.errors import MeshError
 
 # The routes that last as long as a job does.
 EVENTS_PATH, SOCKET_PATH = "/v1/jobs/{job}/events", "/v1/jobs/{job}/socket"
@@ -38,7 +38,7 @@ def add_job_events(app: FastAPI, jobs: Jobs) -> None:
     @app.websocket(SOCKET_PATH)
     async def watch_job_by_socket(socket: WebSocket, job: str) -> None:
         try:
-            _check_origin(socket)
+            check_origin(socket.headers, "watch jobs")
             await jobs.get(job, pictures=False)
         except MeshError as error:
             await socket.send_denial_response(error_response(error))
@@ -79,17 +79,6 @@ async def _or_silence(changes: Any) -> AsyncIterator[pb.Job | None]:
     finally:
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)
-
-
-def _check_origin(socket: WebSocket) -> None:
-    """A page of another site must not read what a browser's user may: sockets know no same-origin policy.
-
-    Raises:
-        PermissionDenied: it is such a page's.
-    """
-    origin, host = socket.headers.get("origin"), socket.headers.get("host", "")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-        raise PermissionDenied(f"a page of {origin[:80]} may not watch jobs at {host[:80]}")
 
 
 async def _tell_socket(socket: WebSocket, jobs: Jobs, job: str) -> None:
