@@ -43,6 +43,7 @@ Picture = Annotated[bytes, BeforeValidator(_picture), WithJsonSchema({"type": "s
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE, description="Pixels.")]
+Number = Annotated[float, Field(allow_inf_nan=False)]  # JSON has no others to show again
 Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_SCALE, allow_inf_nan=False)]
 Strength = Annotated[float, Field(gt=0, le=1, description="How much is made anew.")]
 PriorityName = Literal["interactive", "normal", "batch"]
@@ -151,7 +152,7 @@ class ControlBody(Strict):
     )
     control_type: Text = Field("", description="Of a ControlNet-union: which kind of picture, by name or number.")
     preprocessor: Text = Field("", description="What makes of the picture what is followed; empty: it is that already.")
-    preprocessor_parameters: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
+    preprocessor_parameters: dict[Text, bool | int | Number | Text] = Field(default_factory=dict)
     preprocessor_resolution: int = Field(0, ge=0, le=MAX_SIDE, description="Pixels of the shorter side.")
     preprocessor_model: Text = ""
 
@@ -192,9 +193,9 @@ class GenerateBody(Strict):
     height: Side | None = None
     scheduler: Text = Field("", description="Such as 'Euler a' or 'DPM++ 2M Karras'; empty is the model's own.")
     model: Text = ""
-    scheduler_options: dict[Text, bool | int | float | Text] = Field(default_factory=dict)
+    scheduler_options: dict[Text, bool | int | Number | Text] = Field(default_factory=dict)
     guider: Text = Field("", description="How guidance is done, such as 'APG' or 'PAG'; empty is 'CFG'.")
-    guider_options: dict[Text, bool | int | float | Text | list[Text]] = Field(default_factory=dict)
+    guider_options: dict[Text, bool | int | Number | Text | list[Text]] = Field(default_factory=dict)
     clip_skip: int = Field(0, ge=0, le=2**31)
     literal_prompt: bool = Field(False, description="Brackets are text, and neither weigh words nor change them.")
     num_images: int | None = Field(None, ge=1, le=MAX_IMAGES)

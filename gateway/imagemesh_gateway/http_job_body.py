@@ -1,7 +1,6 @@
 """Jobs as JSON has them: what is sent to make one, and what is told of it."""
 
 import base64
-import json
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
@@ -13,6 +12,7 @@ from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody, Text
 from imagemesh_gateway.jobs.record import State
 from imagemesh_gateway.jobs.terms import MAX_KEY_CHARACTERS
+from imagemesh_gateway.json_values import shown
 from imagemesh_runtime.limits import MAX_STEPS
 
 _SECONDS = "a number of seconds above 0"
@@ -95,7 +95,7 @@ def request_json(request: gateway_service_pb2.GenerateRequest) -> dict[str, Any]
     for one in (told, *told.get("controls", ())):
         for name in ("scheduler_options", "guider_options", "preprocessor_parameters"):
             if name in one:
-                one[name] = {key: json.loads(value) for key, value in one[name].items()}
+                one[name] = shown(one[name])
     return told
 
 

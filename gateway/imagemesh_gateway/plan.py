@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2, priority_pb2
 from imagemesh.v1.diffusion_service_pb2 import ControlSavings
+from imagemesh_gateway.json_values import check_values
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
 from imagemesh_gateway.references import ReferencePlan, reference_plans
@@ -104,7 +105,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         InvalidArgument: a value isn't allowed.
         NotFound: there is no such model.
     """
-    _check_prompts(request)
+    _check_texts(request)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
     steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
@@ -139,9 +140,13 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     )
 
 
-def _check_prompts(request: pb.GenerateRequest) -> None:
+def _check_texts(request: pb.GenerateRequest) -> None:
     check_prompt("prompt", request.prompt)
     check_prompt("negative_prompt", request.negative_prompt)
+    check_values("scheduler_options", request.scheduler_options)
+    check_values("guider_options", request.guider_options)
+    for i, unit in enumerate(request.controls):
+        check_values(f"controls[{i}].preprocessor_parameters", unit.preprocessor_parameters)
 
 
 def _steps_and_guidance(request: pb.GenerateRequest, model: ModelInfo) -> tuple[int, float]:
