@@ -115,6 +115,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def SystemSharedMemoryStatus(
         self, request: pb.SystemSharedMemoryStatusRequest, context: Any
     ) -> pb.SystemSharedMemoryStatusResponse:
+        require_near(context.peer())
         told = pb.SystemSharedMemoryStatusResponse()
         for name, one in self._regions.told(request.name).items():
             region = told.regions[name]

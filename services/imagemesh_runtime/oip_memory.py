@@ -1,11 +1,11 @@
 """System shared memory that clients of the Open Inference Protocol register: their regions, attached by name."""
 
-import mmap
 import os
 import re
+import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from imagemesh_runtime.errors import AlreadyExists, InvalidArgument, MeshError, 
 _FOLDER: Final = Path("/dev/shm")  # noqa: S108 where POSIX shared memory is on Linux
 _KEY: Final = re.compile(r"/?([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200})")
 _MAX_REGIONS: Final = 1000
+_MAX_BYTES: Final = 1 << 30  # of one tensor: a segment may be larger than all memory, as long as nobody fills it
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,61 @@ class Region:
     key: str
     offset: int
     byte_size: int
-    memory: mmap.mmap
+    file: FileIO
 
-    def view(self, offset: int, size: int) -> memoryview:
-        """``size`` bytes from ``offset`` on; let go of it before the region is closed.
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset`` on, a copy.
 
         Raises:
-            InvalidArgument: they are not all within the region.
+            InvalidArgument: they are not all within the region, more than a tensor may have, or its segment has been
+                cut short.
         """
+        self.check(offset, size)
+        if size > _MAX_BYTES:
+            raise InvalidArgument("shared_memory_byte_size", size, f"at most {_MAX_BYTES}")
+        data = bytearray()
+        start = self.offset + offset
+        while len(data) < size:
+            got = os.pread(self.file.fileno(), size - len(data), start + len(data))
+            if not got:
+                raise self._cut(offset, size)
+            data += got
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put the data there; errors as ``read``.
+
+        Raises:
+            MeshError: the machine has no memory for it, as happens where a segment was never filled.
+        """
+        self.check(offset, len(data))
+        start = self.offset + offset
+        if os.fstat(self.file.fileno()).st_size < start + len(data):  # or writing would make it grow again
+            raise self._cut(offset, len(data))
+        rest = memoryview(data)
+        try:
+            while rest:
+                done = os.pwrite(self.file.fileno(), rest, start + len(data) - len(rest))
+                rest = rest[done:]
+        except OSError as error:
+            raise MeshError(f"shared memory segment {self.key!r} can't be written: {error.strerror}") from error
+
+    def check(self, offset: int, size: int) -> None:
+        """Raise InvalidArgument unless ``size`` bytes from ``offset`` on are all within the region."""
         if offset < 0 or size < 0 or offset + size > self.byte_size:
             got = f"bytes {offset} to {offset + size}"
             raise InvalidArgument(
                 "shared_memory_byte_size", got, f"within region {self.name!r} of {self.byte_size} bytes"
             )
-        start = self.offset + offset
-        return memoryview(self.memory)[start : start + size]
+
+    def _cut(self, offset: int, size: int) -> InvalidArgument:
+        allowed = f"within the segment {self.key!r}, which has been cut short"
+        return InvalidArgument("shared_memory_offset", f"bytes {offset} to {offset + size}", allowed)
 
 
 class Regions:
-    """The regions by name. Plain mmap: Python 3.11's SharedMemory unlinks at exit what belongs to clients."""
+    """The regions by name. They are read and written as files: the client may cut a segment short at any time, and
+    touching memory that is mapped beyond its end would kill the process."""
 
     def __init__(self) -> None:
         self._regions: dict[str, Region] = {}
@@ -62,20 +99,18 @@ class Regions:
             raise InvalidArgument("key" if name else "name", key if name else name, "the name of a segment, no path")
         if len(self._regions) >= _MAX_REGIONS:
             raise InvalidArgument("name", name, f"one of at most {_MAX_REGIONS} regions")
-        memory = _attach(match[1], key)
-        if byte_size < 1 or offset + byte_size > len(memory):
-            size = len(memory)
-            memory.close()
+        file, size = _attach(match[1], key)
+        if byte_size < 1 or offset + byte_size > size:
+            file.close()
             raise InvalidArgument("byte_size", byte_size, f"with the offset {offset} at most {size} bytes, at least 1")
-        self._regions[name] = Region(name, key, offset, byte_size, memory)
+        self._regions[name] = Region(name, key, offset, byte_size, file)
 
     def unregister(self, name: str) -> None:
         """Let go of a region, or of all of them for ""; of an unknown one there is nothing to let go of."""
         for one in [name] if name else list(self._regions):
             region = self._regions.pop(one, None)
             if region is not None:
-                with suppress(BufferError):  # a request under way still reads it; it goes with that
-                    region.memory.close()
+                region.file.close()
 
     def get(self, name: str) -> Region:
         """The region.
@@ -92,17 +127,18 @@ class Regions:
         return {name: self.get(name)} if name else dict(self._regions)
 
 
-def _attach(file: str, key: str) -> mmap.mmap:
+def _attach(name: str, key: str) -> tuple[FileIO, int]:
+    """The segment's file, and its bytes."""
     try:
-        descriptor = os.open(_FOLDER / file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # No pipe that somebody put there may keep the server waiting.
+        file = FileIO(os.open(_FOLDER / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "r+")
     except OSError as error:
         raise MeshError(f"shared memory segment {key!r} can't be opened: {error.strerror}") from error
-    try:
-        return mmap.mmap(descriptor, 0)
-    except (OSError, ValueError) as error:
-        raise MeshError(f"shared memory segment {key!r} can't be mapped") from error
-    finally:
-        os.close(descriptor)
+    told = os.fstat(file.fileno())
+    if not stat.S_ISREG(told.st_mode):
+        file.close()
+        raise MeshError(f"shared memory segment {key!r} is none")
+    return file, told.st_size
 
 
 def require_near(peer: str) -> None:

@@ -1,5 +1,6 @@
 """Between the Open Inference Protocol's messages and arrays."""
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,15 @@ from tritonclient.grpc import service_pb2 as pb
 from imagemesh_runtime.errors import InvalidArgument, MeshError
 from imagemesh_runtime.oip_memory import Regions, require_near
 from imagemesh_runtime.oip_models import DTYPES, VERSION, Arrays, OipModel, TensorSpec, Times
-from imagemesh_runtime.oip_tensors import check_shape, classified, datatype_of, from_bytes, from_contents, to_bytes
+from imagemesh_runtime.oip_tensors import (
+    MAX_CLASSES,
+    check_shape,
+    classified,
+    datatype_of,
+    from_bytes,
+    from_contents,
+    to_bytes,
+)
 from imagemesh_runtime.tensors import Array
 
 _REGION, _SIZE, _OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
@@ -68,15 +77,15 @@ class Reader:
         if _REGION in where:
             require_near(self._peer)
             region = self._regions.get(str(where[_REGION]))
-            with region.view(_whole(where, _OFFSET), _whole(where, _SIZE)) as view:
-                return from_bytes(view, tensor.datatype, shape, field)
+            data = region.read(_whole(where, _OFFSET), _whole(where, _SIZE))
+            return from_bytes(data, tensor.datatype, shape, field)
         if raw:
             if tensor.HasField("contents"):
                 raise InvalidArgument(f"{field}.contents", "given", "absent where raw_input_contents is given")
-            data = next(unread, None)
-            if data is None:
+            given = next(unread, None)
+            if given is None:
                 raise InvalidArgument("raw_input_contents", "too few", "one entry for each input without a region")
-            return from_bytes(data, tensor.datatype, shape, field)
+            return from_bytes(given, tensor.datatype, shape, field)
         kind = DTYPES[tensor.datatype][1]
         if not kind:
             raise InvalidArgument(f"{field}.contents", tensor.datatype, "raw: it has no typed contents")
@@ -89,8 +98,18 @@ class Reader:
         for one in self._request.outputs:
             if one.name not in known:
                 raise InvalidArgument("outputs", one.name, ", ".join(known))
-            wanted.setdefault(one.name, values_of(one.parameters))
+            wanted.setdefault(one.name, self._checked(one.name, values_of(one.parameters)))
         return wanted or {name: {} for name in known}
+
+    def _checked(self, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of an output, before there is any work for what can't be."""
+        if "classification" in parameters:
+            k, field = _whole(parameters, "classification"), f"outputs[{name!r}].parameters['classification']"
+            if self._model.labels is None and k:
+                raise InvalidArgument(field, k, f"absent: model {self._model.name!r} has no classes")
+            if not 0 <= k <= MAX_CLASSES:
+                raise InvalidArgument(field, k, f"0 to {MAX_CLASSES}")
+        return parameters
 
     async def response(self, made: Arrays) -> pb.ModelInferResponse:
         """The outputs that are wanted and were made, each with a raw entry, which is empty where a region has it."""
@@ -100,7 +119,7 @@ class Reader:
                 continue
             array = made[name]
             if (k := _whole(parameters, "classification")) > 0:
-                array = classified(array, k, await self._labels())
+                array = await asyncio.to_thread(classified, array, k, await self._labels())
             told = response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
             data = to_bytes(array)
             response.raw_output_contents.append(b"" if self._placed(parameters, data, told) else data)
@@ -118,8 +137,8 @@ class Reader:
         region, size = self._regions.get(str(parameters[_REGION])), _whole(parameters, _SIZE)
         if len(data) > size:
             raise MeshError(f"output {told.name!r} has {len(data)} bytes, but its place has {size}")
-        with region.view(_whole(parameters, _OFFSET), size) as view:
-            view[: len(data)] = data
+        region.check(_whole(parameters, _OFFSET), size)
+        region.write(_whole(parameters, _OFFSET), data)
         told.parameters[_REGION].string_param = region.name
         told.parameters[_SIZE].int64_param = len(data)
         if offset := _whole(parameters, _OFFSET):

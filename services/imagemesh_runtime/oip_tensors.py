@@ -3,13 +3,16 @@
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.oip_models import DTYPES, OipModel, TensorSpec
-from imagemesh_runtime.tensors import Array
+from imagemesh_runtime.tensors import MAX_BYTES, Array
+
+# Of an item, that the classification extension names; who wants more can have the numbers.
+MAX_CLASSES: Final = 1000
 
 
 def from_bytes(data: bytes | memoryview, datatype: str, shape: Sequence[int], field: str) -> Array:
@@ -80,6 +83,8 @@ def check_shape(model: OipModel, spec: TensorSpec, shape: Sequence[int], datatyp
     fits = len(shape) == len(wanted) and all(one in (-1, got) for one, got in zip(wanted, shape, strict=True))
     if not fits or any(side < 0 for side in shape):
         raise InvalidArgument(f"inputs[{spec.name!r}].shape", list(shape), f"{list(wanted)}, where -1 is any size")
+    if math.prod(side or 1 for side in shape) * DTYPES[datatype][0].itemsize > MAX_BYTES:
+        raise InvalidArgument(f"inputs[{spec.name!r}].shape", list(shape), "of a size that fits in memory")
     if model.max_batch and not 1 <= shape[0] <= model.max_batch:
         allowed = f"a batch of 1 to {model.max_batch}"
         raise InvalidArgument(f"inputs[{spec.name!r}].shape", list(shape), allowed)

@@ -17,7 +17,7 @@ from imagemesh_runtime.errors import InvalidArgument, shorten
 Array = npt.NDArray[Any]
 
 MAX_RANK: Final = 8
-_MAX_BYTES: Final = 1 << 62  # numpy refuses more, also where another extent is 0
+MAX_BYTES: Final = 1 << 62  # numpy refuses more, also where another extent is 0
 _DTYPES: Final[Mapping["tensor_pb2.Dtype.ValueType", np.dtype[Any]]] = {
     tensor_pb2.DTYPE_FP32: np.dtype("<f4"),
     tensor_pb2.DTYPE_FP16: np.dtype("<f2"),
@@ -101,7 +101,7 @@ def from_proto(
     if dtypes is not None and dtype.name not in dtypes:
         raise InvalidArgument(f"{field}.dtype", dtype.name, f"one of {', '.join(sorted(dtypes))}")
     extents = _checked_shape(tensor, field, shape)
-    if math.prod(extent or 1 for extent in extents) * dtype.itemsize > _MAX_BYTES:
+    if math.prod(extent or 1 for extent in extents) * dtype.itemsize > MAX_BYTES:
         raise InvalidArgument(f"{field}.shape", list(extents), "of a size that fits in memory")
     data = _payload(tensor, field, memory)
     expected = math.prod(extents) * dtype.itemsize

@@ -14,7 +14,18 @@ from imagemesh_gateway.plan import make_plan
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.metrics import Metrics
 
-NO_JSON = ["oops", "", "NaN", "-Infinity", "1e999", '{"a": [NaN]}', "[" * 5000, '"' + "x" * 10_000 + '"', "9" * 5000, r'"\ud800"']
+NO_JSON = [
+    "oops",
+    "",
+    "NaN",
+    "-Infinity",
+    "1e999",
+    '{"a": [NaN]}',
+    "[" * 5000,
+    '"' + "x" * 10_000 + '"',
+    "9" * 5000,
+    r'"\ud800"',
+]
 FIELDS = ["scheduler_options", "guider_options", "preprocessor_parameters"]
 
 

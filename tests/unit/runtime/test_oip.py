@@ -1,0 +1,118 @@
+"""The Open Inference Protocol's face without a server: what a client may ask of tensors, outputs and memory."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+
+from imagemesh_runtime.errors import InvalidArgument, MeshError, PermissionDenied
+from imagemesh_runtime.oip import InferenceServicer
+from imagemesh_runtime.oip_memory import Regions
+from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
+
+NEAR, FAR = SimpleNamespace(peer=lambda: "unix:"), SimpleNamespace(peer=lambda: "ipv4:10.0.0.7:99")
+IMAGE = TensorSpec("image", "UINT8", (-1, -1, 3))
+
+
+class Work:
+    """A model that counts what it is asked, and answers its input."""
+
+    def __init__(self, labels: Sequence[str] | None = None) -> None:
+        self.calls = 0
+        tell = None if labels is None else self._labels
+        self._names = labels or ()
+        self.model = OipModel("echo", [IMAGE], [IMAGE], self._infer, max_batch=4, labels=tell)
+        self.servicer = InferenceServicer("test", [self.model], lambda: True)
+
+    async def _labels(self, parameters: Parameters) -> Sequence[str]:
+        return self._names
+
+    async def _infer(self, arrays: Arrays, parameters: Parameters) -> Arrays:
+        self.calls += 1
+        return {"image": arrays["image"]}
+
+
+def asked(shape: Sequence[int], data: bytes, classes: int | None = None, name: str = "echo") -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=name, raw_input_contents=[data])
+    request.inputs.add(name="image", datatype="UINT8", shape=shape)
+    if classes is not None:
+        request.outputs.add(name="image").parameters["classification"].int64_param = classes
+    return request
+
+
+async def test_a_model_without_labels_is_not_asked_for_classes() -> None:
+    work = Work()
+    with pytest.raises(InvalidArgument, match="has no classes"):
+        await work.servicer.ModelInfer(asked([1, 1, 1, 3], b"abc", 2**31), NEAR)
+    assert work.calls == 0
+
+
+@pytest.mark.parametrize("classes", [1001, 2**31, -1])
+async def test_the_number_of_classes_is_bounded_before_the_work(classes: int) -> None:
+    work = Work(["a", "b", "c"])
+    with pytest.raises(InvalidArgument, match="must be 0 to 1000"):
+        await work.servicer.ModelInfer(asked([1, 1, 1, 3], b"abc", classes), NEAR)
+    assert work.calls == 0
+
+
+async def test_classes_are_told_with_their_labels() -> None:
+    answer = await Work(["a", "b", "c"]).servicer.ModelInfer(asked([1, 1, 1, 3], b"\x05\x09\x01", 2), NEAR)
+    (raw,) = answer.raw_output_contents
+    assert raw == b"\x0c\0\0\x009.000000:1:b\x0c\0\0\x005.000000:0:a"
+
+
+@pytest.mark.parametrize("shape", [[1, 0, 2**63 - 1, 3], [1, 2**62, 0, 3], [1, 2**63 - 1, 2**63 - 1, 3]])
+async def test_shapes_that_no_memory_holds_are_refused_by_name(shape: list[int]) -> None:
+    with pytest.raises(InvalidArgument, match="shape.* must be of a size that fits in memory"):
+        await Work().servicer.ModelInfer(asked(shape, b""), NEAR)
+
+
+@pytest.fixture
+def segment() -> Iterator[Path]:
+    path = Path(f"/dev/shm/imagemesh_unit_{os.getpid()}")
+    path.write_bytes(bytes(range(96)) * 1024)
+    yield path
+    path.unlink()
+
+
+def test_a_segment_that_its_client_cuts_short_harms_nobody(segment: Path) -> None:
+    regions = Regions()
+    regions.register("r", f"/{segment.name}", 96, 4096 * 10)
+    region = regions.get("r")
+    assert region.read(1, 3) == b"\x01\x02\x03"
+    region.write(1, b"new")
+    assert segment.read_bytes()[97:100] == b"new"
+    os.truncate(segment, 98)
+    for use in (lambda: region.read(0, 4096 * 10), lambda: region.write(1, b"new")):
+        with pytest.raises(InvalidArgument, match="has been cut short"):
+            use()
+    assert segment.stat().st_size == 98
+    regions.unregister("")
+
+
+def test_a_segment_larger_than_memory_is_not_read(segment: Path) -> None:
+    os.truncate(segment, 1 << 40)
+    regions = Regions()
+    regions.register("r", segment.name, 0, 1 << 40)
+    with pytest.raises(InvalidArgument, match="at most"):
+        regions.get("r").read(0, 1 << 40)
+    regions.unregister("r")
+
+
+def test_a_pipe_is_no_segment(segment: Path) -> None:
+    pipe = segment.with_suffix(".pipe")
+    os.mkfifo(pipe)
+    try:
+        with pytest.raises(MeshError, match=r"can't be opened|is none"):
+            Regions().register("r", pipe.name, 0, 8)
+    finally:
+        pipe.unlink()
+
+
+async def test_only_clients_of_this_machine_hear_of_its_regions() -> None:
+    with pytest.raises(PermissionDenied):
+        await Work().servicer.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest(), FAR)
+    await Work().servicer.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest(), NEAR)
