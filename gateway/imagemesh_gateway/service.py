@@ -40,9 +40,8 @@ class GatewayServer(MeshServer):
         self.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"
         )
-        self.add(
-            add_inference, InferenceServicer("imagemesh", oip_models(mesh, metrics), lambda: self.ready), FULL_NAME
-        )
+        faces, seconds = oip_models(mesh, metrics), config.request_timeout_seconds
+        self.add(add_inference, InferenceServicer("imagemesh", faces, lambda: self.ready, seconds), FULL_NAME)
         app = Guard(create_app(mesh, self._jobs, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
         host, _, port = config.http_listen.rpartition(":")
         host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare

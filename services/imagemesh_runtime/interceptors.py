@@ -46,6 +46,8 @@ _KINDS = {
 }
 # When a client goes, gRPC first ends the requests, as if it had said all, and just after that cancels the servicer.
 _CANCEL_LAG_SECONDS = 0.002
+# Streams that last as long as their client likes: each of their requests has the default deadline instead.
+_LASTING = {("inference.GRPCInferenceService", "ModelStreamInfer")}
 
 
 @dataclass
@@ -98,13 +100,15 @@ def metrics_layer(metrics: Metrics) -> Layer:
 def context_layer(default_timeout: float) -> Layer:
     """Give the call its trace and its deadline, and tell the caller afterwards what it cost.
 
-    gRPC's own services (health, reflection) get no default deadline: a health watch lasts as long as its client.
+    gRPC's own services (health, reflection) get no default deadline: a health watch lasts as long as its client. Nor
+    do streams that see to it themselves.
     """
 
     @asynccontextmanager
     async def layer(call: Call) -> AsyncIterator[None]:
         trace = Trace.parse(call.metadata.get("traceparent"))
-        limits = [] if call.service.startswith("grpc.") else [default_timeout]
+        lasts = call.service.startswith("grpc.") or (call.service, call.method) in _LASTING
+        limits = [] if lasts else [default_timeout]
         remaining = call.context.time_remaining()
         if remaining is not None:
             limits.append(remaining)

@@ -4,7 +4,12 @@ The messages are tritonclient's own: a second copy of the same symbols would col
 module and ``oip_messages`` know them. https://github.com/kserve/open-inference-protocol
 """
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from importlib.metadata import version
 from time import perf_counter_ns
 from typing import Any, Final
@@ -12,11 +17,21 @@ from typing import Any, Final
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as rpc
 
-from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFound, Unimplemented
+from imagemesh_runtime.context import current_call
+from imagemesh_runtime.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    MeshError,
+    NotFound,
+    Unimplemented,
+)
 from imagemesh_runtime.oip_memory import Regions, require_near
 from imagemesh_runtime.oip_messages import Reader, model_config, model_metadata, model_statistics, values_of
 from imagemesh_runtime.oip_models import VERSION, Arrays, OipModel
 from imagemesh_runtime.oip_tensors import check_together
+
+log = logging.getLogger(__name__)
 
 FULL_NAME: Final = "inference.GRPCInferenceService"
 _EXTENSIONS: Final = (
@@ -27,12 +42,13 @@ _FINAL, _EMPTY_FINAL = "triton_final_response", "triton_enable_empty_final_respo
 
 
 class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated without types
-    """All 20 methods over a fixed set of models."""
+    """All 20 methods over a fixed set of models; ``seconds`` is how long one request of a stream may take."""
 
-    def __init__(self, server: str, models: Sequence[OipModel], ready: Any) -> None:
+    def __init__(self, server: str, models: Sequence[OipModel], ready: Any, seconds: float) -> None:
         self._server = server
         self._models = {model.name: model for model in models}
         self._ready = ready
+        self._seconds = seconds
         self._regions = Regions()
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
@@ -68,8 +84,9 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         async for request in request_iterator:
             try:
-                async for response in self._answers(request, context):
-                    yield pb.ModelStreamInferResponse(infer_response=response)
+                async with aclosing(self._in_time(request, context)) as responses:
+                    async for response in responses:
+                        yield pb.ModelStreamInferResponse(infer_response=response)
             except MeshError as error:
                 told = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
                 told.parameters[_FINAL].bool_param = True
@@ -192,7 +209,41 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         model.statistics.note(batch, (read - start, done - read, perf_counter_ns() - done))
         return response
 
-    async def _answers(self, request: pb.ModelInferRequest, context: Any) -> AsyncIterator[pb.ModelInferResponse]:
+    async def _in_time(
+        self, request: pb.ModelInferRequest, context: Any
+    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
+        """The answers to one request of a stream, which has a deadline of its own within the stream's, if it has one.
+
+        Raises:
+            DeadlineExceeded: they did not all come in time.
+            MeshError: whatever else went wrong, also what is unforeseen: the other requests go on.
+        """
+        call, end = current_call(), time.monotonic() + self._seconds
+        whole = call.deadline
+        call.deadline = end if whole is None else min(end, whole)
+        try:
+            async with aclosing(self._answers(request, context)) as responses:
+                while True:
+                    async with asyncio.timeout(end - time.monotonic()) as limit:
+                        response = await anext(responses, None)
+                    if response is None:
+                        return
+                    yield response
+        except MeshError:
+            raise
+        except Exception as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                told = f"model {request.model_name!r} did not answer within {self._seconds:g} s"
+                raise DeadlineExceeded(self._server, told) from error
+            error_id = secrets.token_hex(8)
+            log.error("a request of ModelStreamInfer failed, error id %s", error_id, exc_info=error)
+            raise InternalError(error_id) from error
+        finally:
+            call.deadline = whole
+
+    async def _answers(
+        self, request: pb.ModelInferRequest, context: Any
+    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         model = self._find(request.model_name, request.model_version)
         if model.stream is None:
             response = await self._infer(model, request, context)
@@ -204,8 +255,9 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             reader = Reader(model, request, self._regions, context.peer())
             arrays = reader.inputs()
             check_together(model, arrays)
-            async for response in _streamed(model, reader, arrays, request):
-                yield response
+            async with aclosing(_streamed(model, reader, arrays, request)) as responses:
+                async for response in responses:
+                    yield response
         except BaseException:
             model.statistics.fail.add(perf_counter_ns() - start)
             raise
@@ -214,15 +266,16 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
 async def _streamed(
     model: OipModel, reader: Reader, arrays: Arrays, request: pb.ModelInferRequest
-) -> AsyncIterator[pb.ModelInferResponse]:
+) -> AsyncGenerator[pb.ModelInferResponse, None]:
     """Each answer that has something that was asked for; where the client wants one, an empty one closes."""
     assert model.stream is not None
     closes = request.parameters[_EMPTY_FINAL].bool_param if _EMPTY_FINAL in request.parameters else False
-    async for made, last in model.stream(arrays, values_of(request.parameters)):
-        response = await reader.response(made)
-        response.parameters[_FINAL].bool_param = last and not closes
-        if response.outputs:
-            yield response
+    async with aclosing(model.stream(arrays, values_of(request.parameters))) as answers:
+        async for made, last in answers:
+            response = await reader.response(made)
+            response.parameters[_FINAL].bool_param = last and not closes
+            if response.outputs:
+                yield response
     if closes:
         final = pb.ModelInferResponse(model_name=model.name, model_version=VERSION, id=request.id)
         final.parameters[_FINAL].bool_param = True

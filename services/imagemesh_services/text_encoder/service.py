@@ -21,6 +21,7 @@ def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel | Pro
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_TextEncoderServiceServicer_to_server, servicer, "imagemesh.v1.TextEncoderService")
     faces = text_models(local_name(backend.cards), lambda request: servicer.EncodeText(request, None))
-    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
+    seconds = config.request_timeout_seconds
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready, seconds), FULL_NAME)
     server.on_stop(servicer.batcher.close)
     return server

@@ -20,6 +20,7 @@ def create(config: VaeConfig, lane: Lane) -> ModelServer[VaeModel]:
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VaeServiceServicer_to_server, servicer, "imagemesh.v1.VaeService", parcels=True)
     faces = vae_models(local_name(models.backend.cards), servicer.decode, servicer.encode)
-    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
+    seconds = config.request_timeout_seconds
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready, seconds), FULL_NAME)
     server.on_stop(servicer.batcher.close)
     return server

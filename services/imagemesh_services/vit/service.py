@@ -28,7 +28,8 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
         lambda request: servicer.ClassifyImages(request, None),
         lambda request: servicer.EmbedImages(request, None),
     )
-    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready), FULL_NAME)
+    seconds = config.request_timeout_seconds
+    server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready, seconds), FULL_NAME)
     server.on_stop(servicer.close)
     _add_references(server, config, lane, metrics)
     return server

@@ -1,15 +1,19 @@
 """The Open Inference Protocol's face without a server: what a client may ask of tensors, outputs and memory."""
 
+import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from imagemesh_runtime.context import CallContext
 from imagemesh_runtime.errors import InvalidArgument, MeshError, PermissionDenied
-from imagemesh_runtime.oip import InferenceServicer
+from imagemesh_runtime.interceptors import Call, context_layer
+from imagemesh_runtime.oip import FULL_NAME, InferenceServicer
 from imagemesh_runtime.oip_memory import Regions
 from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
 
@@ -25,7 +29,7 @@ class Work:
         tell = None if labels is None else self._labels
         self._names = labels or ()
         self.model = OipModel("echo", [IMAGE], [IMAGE], self._infer, max_batch=4, labels=tell)
-        self.servicer = InferenceServicer("test", [self.model], lambda: True)
+        self.servicer = InferenceServicer("test", [self.model], lambda: True, 60)
 
     async def _labels(self, parameters: Parameters) -> Sequence[str]:
         return self._names
@@ -66,7 +70,7 @@ async def test_classes_are_told_with_their_labels() -> None:
 
 @pytest.mark.parametrize("shape", [[1, 0, 2**63 - 1, 3], [1, 2**62, 0, 3], [1, 2**63 - 1, 2**63 - 1, 3]])
 async def test_shapes_that_no_memory_holds_are_refused_by_name(shape: list[int]) -> None:
-    with pytest.raises(InvalidArgument, match="shape.* must be of a size that fits in memory"):
+    with pytest.raises(InvalidArgument, match=r"shape.* must be of a size that fits in memory"):
         await Work().servicer.ModelInfer(asked(shape, b""), NEAR)
 
 
@@ -116,3 +120,85 @@ async def test_only_clients_of_this_machine_hear_of_its_regions() -> None:
     with pytest.raises(PermissionDenied):
         await Work().servicer.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest(), FAR)
     await Work().servicer.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest(), NEAR)
+
+
+class Decoupled:
+    """A model that says "image" once and then does what it is told, and notes when it is closed."""
+
+    def __init__(self, then: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
+        self._then = then
+        self.closed = asyncio.Event()
+        models = [OipModel("slow", [IMAGE], [IMAGE], stream=self._stream), Work().model]
+        self.servicer = InferenceServicer("test", models, lambda: True, seconds)
+
+    async def _stream(self, arrays: Arrays, parameters: Parameters) -> AsyncGenerator[tuple[Arrays, bool], None]:
+        try:
+            yield {"image": arrays["image"]}, False
+            await self._then()
+        finally:
+            self.closed.set()
+
+
+async def both() -> AsyncIterator[pb.ModelInferRequest]:
+    """One request that fails, and one that does not."""
+    request = asked([1, 1, 3], b"abc", name="slow")
+    request.id = "1"
+    yield request
+    request = asked([1, 1, 1, 3], b"abc")
+    request.id = "2"
+    yield request
+
+
+async def fails() -> None:
+    raise ZeroDivisionError("unforeseen")
+
+
+async def hangs() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("then", "seconds", "told"), [(fails, 60, "internal error"), (hangs, 0.2, "did not answer within 0.2 s")]
+)
+async def test_a_request_that_fails_ends_itself_and_not_the_stream(
+    then: Any, seconds: float, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Decoupled(then, seconds)
+    got = [one async for one in model.servicer.ModelStreamInfer(both(), NEAR)]
+    assert [one.infer_response.id for one in got] == ["1", "1", "2"]
+    assert [told in one.error_message for one in got] == [False, True, False]
+    assert model.closed.is_set()
+    assert ("ZeroDivisionError: unforeseen" in caplog.text) is (then is fails)
+
+
+async def test_a_stream_may_be_idle_for_longer_than_a_request_may_take() -> None:
+    model = Decoupled(hangs, 0.05)
+
+    async def idle() -> AsyncIterator[pb.ModelInferRequest]:
+        yield asked([1, 1, 1, 3], b"abc")
+        await asyncio.sleep(0.1)  # what is promised is that this does no harm
+        yield asked([1, 1, 1, 3], b"abc")
+
+    got = [one.error_message async for one in model.servicer.ModelStreamInfer(idle(), NEAR)]
+    assert got == ["", ""]
+
+
+async def test_closing_a_stream_closes_the_work_below_it() -> None:
+    model = Decoupled(hangs)
+    stream = model.servicer.ModelStreamInfer(both(), NEAR)
+    await anext(stream)
+    await stream.aclose()
+    assert model.closed.is_set()
+
+
+async def test_the_server_gives_streams_of_requests_no_deadline_of_their_own() -> None:
+    async def deadline(service: str, method: str) -> float | None:
+        context = SimpleNamespace(
+            time_remaining=lambda: None, trailing_metadata=tuple, set_trailing_metadata=lambda _: None
+        )
+        call = Call("", service, method, {}, context, CallContext())
+        async with context_layer(600)(call):
+            return call.context_call.deadline
+
+    assert await deadline(FULL_NAME, "ModelStreamInfer") is None
+    assert await deadline(FULL_NAME, "ModelInfer") is not None
