@@ -15,10 +15,12 @@ from imagemesh.v1 import image_pb2
 from imagemesh.v1 import reference_service_pb2 as pb
 from imagemesh.v1 import reference_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import from_proto, map_to_proto, to_proto
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.references import read_references
 from imagemesh_services.diffusion.service import create as create_diffusion
+from imagemesh_services.vit.backend import BACKENDS as CLASSIFIERS
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.references.backend import BACKENDS
 from imagemesh_services.vit.service import create
@@ -79,6 +81,25 @@ async def test_without_adapters_references_are_not_found(models: Path) -> None:
                 await stub.EmbedReferences(asked(IMAGES[0], adapter=name))
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
             assert "IP-Adapter" in caught.value.details()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+async def test_torch_embeds_references_whatever_engine_runs_the_classifiers(engine: str, adapters: Path) -> None:
+    async with service(engine, adapters) as stub:
+        answer = await stub.EmbedReferences(asked(IMAGES[0], adapter="IP-Adapter/models/plain"))
+        assert answer.backend == "torch"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "auto"])
+async def test_without_torch_the_service_starts_and_embeds_no_references(
+    engine: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "torch", BackendEntry("nowhere:Torch", library="no_such_library"))
+    monkeypatch.setitem(CLASSIFIERS, "torch", BackendEntry("nowhere:Torch", library="no_such_library"))
+    async with service(engine, models) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListAdapters(pb.ListAdaptersRequest())
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_what_is_no_picture_is_refused(adapters: Path) -> None:

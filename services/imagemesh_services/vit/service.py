@@ -1,12 +1,15 @@
 """Puts the room together: config -> backend -> batcher -> server."""
 
+import logging
+
 from imagemesh.v1 import reference_service_pb2_grpc as reference_rpc
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
+from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
 from imagemesh_runtime.oip_stages import local_name, vit_models
-from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.registry import Backend, LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
 from imagemesh_services.vit.automatic import open_backend
 from imagemesh_services.vit.backend import VitModel
@@ -14,6 +17,8 @@ from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.references import backend as references
 from imagemesh_services.vit.references.servicer import ReferenceServicer
 from imagemesh_services.vit.servicer import VitServicer
+
+log = logging.getLogger(__name__)
 
 
 def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
@@ -36,8 +41,24 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
 
 
 def _add_references(server: ModelServer[VitModel], config: VitConfig, lane: Lane, metrics: Metrics) -> None:
-    backend = choose_backend(references.BACKENDS, config.backend)(config)
+    backend = _references_backend(config)
+    if backend is None:
+        return
     models: LoadedModels[references.ReferenceEncoder] = LoadedModels(backend, lane, metrics)
     servicer = ReferenceServicer(config, models, metrics)
     server.add(reference_rpc.add_ReferenceServiceServicer_to_server, servicer, "imagemesh.v1.ReferenceService")
     server.on_stop(servicer.close)
+
+
+def _references_backend(config: VitConfig) -> Backend[references.ReferenceEncoder] | None:
+    """The fake one beside the fake, else torch's, whatever runs the classifiers; None: torch or its device isn't here."""
+    choice = "fake" if config.backend == "fake" else "torch"
+    if not references.BACKENDS[choice].installed:
+        log.info("vit: no pictures are embedded for IP-Adapters: torch is not installed")
+        return None
+    try:
+        backend: Backend[references.ReferenceEncoder] = choose_backend(references.BACKENDS, choice)(config)
+    except InvalidArgument as error:  # such as a device that only OpenVINO has
+        log.info("vit: no pictures are embedded for IP-Adapters: %s", error)
+        return None
+    return backend
