@@ -1,5 +1,6 @@
 """A model's folder in any format that the Hub has gives the same logits, and no pickle runs."""
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_a_folder_without_weights_is_told_what_is_read(originals, tmp_path):
     foreign.with_weights(originals / "vit", tmp_path / "empty", lambda arrays, folder: None)
     with pytest.raises(FailedPrecondition, match=r"model\.safetensors, flax_model\.msgpack, tf_model\.h5"):
         open_backend(BACKENDS, "torch", VitConfig, tmp_path).load("empty")
+
+
+def test_a_half_copied_folder_hides_no_other_and_is_told_what_it_lacks(originals, tmp_path):
+    torn = foreign.with_weights(originals / "vit", tmp_path / "a-torn", foreign.write_pytorch_shards)
+    index = json.loads((torn / "pytorch_model.bin.index.json").read_text())
+    (torn / next(iter(index["weight_map"].values()))).unlink()
+    foreign.with_weights(originals / "vit", tmp_path / "whole", foreign.write_pytorch)
+    cards = unsafe(tmp_path).cards()
+    assert {name: card.properties.get("format") for name, card in cards.items()} == {"a-torn": None, "whole": "pytorch"}
+    with pytest.raises(FailedPrecondition, match=r"pytorch_model\.bin\.index\.json can't be read"):
+        unsafe(tmp_path).load("a-torn")
 
 
 def test_flax_arrays_in_chunks_and_in_bfloat16_are_read(tmp_path):

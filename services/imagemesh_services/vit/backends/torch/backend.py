@@ -88,7 +88,11 @@ class TorchVit:
     def _card(self, folder: ModelFolder) -> ModelCard | None:
         if _architecture(folder) not in CLASSIFIERS:
             return None
-        weights = find_weights(folder.path, self._formats)
+        try:
+            weights = find_weights(folder.path, self._formats)
+        except FailedPrecondition as error:  # half copied: whoever asks for it is told, and it hides no other
+            log.warning("vit: %s", error)
+            weights = None
         properties = {"class": _architecture(folder), "labels": str(len(folder.config.get("id2label", ())))}
         return ModelCard(folder.name, properties | ({"format": weights.format} if weights else {}))
 
