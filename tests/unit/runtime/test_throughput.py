@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from imagemesh_runtime.batching import Batcher, submit_rows
+from imagemesh_runtime.context import current_call
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.throughput import Throughput
 
@@ -87,16 +88,18 @@ async def test_no_batch_is_larger_than_the_measured_knee() -> None:
     assert sizes[5:] == [4, 1]
 
 
-async def test_every_batch_that_succeeds_is_measured() -> None:
+async def test_every_batch_that_succeeds_is_measured_by_what_it_computed_and_not_what_it_waited() -> None:
     throughput = Throughput()
-    noted: list[tuple[Hashable, int]] = []
-    throughput.note = lambda key, rows, seconds: noted.append((key, rows))  # type: ignore[method-assign]
+    noted: list[tuple[Hashable, int, float]] = []
+    throughput.note = lambda *batch: noted.append(batch)  # type: ignore[method-assign]
 
     async def compute(key: Hashable, items: Sequence[int]) -> list[int]:
+        current_call().queue_seconds += 2.0
+        current_call().compute_seconds += 0.25
         return [26 // (13 - item) for item in items]
 
     batcher: Batcher[int, int] = Batcher(compute, Metrics("test"), max_rows=4, max_queue=5, throughput=throughput)
     await batcher.submit("k", 1, 3)
     with pytest.raises(ArithmeticError):
         await batcher.submit("k", 13)
-    assert noted == [("k", 3)]
+    assert noted == [("k", 3, 0.25)]
