@@ -195,9 +195,10 @@ class LoadedModels(Generic[Model]):
         cards = await asyncio.to_thread(self.backend.cards)  # it reads the disk
         if name not in cards:
             raise NotFound("model", name, cards)
+        engine = cards[name].engine or self.backend
         with self._metrics.model_load.time(name):
-            self._loaded[name] = await self.lane.run(self.backend.load, name)
-        self._engines[name] = engine = cards[name].engine or self.backend
+            model = await self.lane.run(engine.load, name)
+        self._engines[name], self._loaded[name] = engine, model
         log.info("%s: %s loaded by %s", self._metrics.service, name, engine.name)
 
 

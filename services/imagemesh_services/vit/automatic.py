@@ -1,6 +1,7 @@
 """What ``backend=auto`` is here: each folder is run by the first engine that reads a format it comes in."""
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -56,18 +57,21 @@ class EachByItsFormat:
         return model
 
     def _opened(self) -> Iterator[Backend[VitModel]]:
-        yield from self._engines
-        while self._rest:
+        """Every engine in its order, whichever thread opened it; the next one is opened when it is asked for."""
+        for i in itertools.count():
             with self._opening:
-                name = self._rest.pop(0) if self._rest else ""
-                if not name:
+                while i == len(self._engines) and self._rest:
+                    self._open(self._rest.pop(0))
+                if i == len(self._engines):
                     return
-                try:
-                    self._engines.append(choose_backend(BACKENDS, name)(self._config))
-                except (FailedPrecondition, InvalidArgument) as error:  # such as a device that only torch has
-                    log.info("vit: %s is left out: %s", name, error)
-                    continue
-            yield self._engines[-1]
+                engine = self._engines[i]
+            yield engine
+
+    def _open(self, name: str) -> None:
+        try:
+            self._engines.append(choose_backend(BACKENDS, name)(self._config))
+        except (FailedPrecondition, InvalidArgument) as error:  # such as a device that only torch has
+            log.info("vit: %s is left out: %s", name, error)
 
     def _unread(self, found: Mapping[str, ModelCard]) -> bool:
         """Whether a folder has a graph, and nothing that an engine so far can read."""

@@ -51,7 +51,7 @@ def _add_references(server: ModelServer[VitModel], config: VitConfig, lane: Lane
 
 
 def _references_backend(config: VitConfig) -> Backend[references.ReferenceEncoder] | None:
-    """The fake one beside the fake, else torch's, whatever runs the classifiers; None: torch or its device isn't here."""
+    """The fake one beside the fake, else torch's, whatever runs the classifiers; None: no torch, or no such device."""
     choice = "fake" if config.backend == "fake" else "torch"
     if not references.BACKENDS[choice].installed:
         log.info("vit: no pictures are embedded for IP-Adapters: torch is not installed")

@@ -155,6 +155,29 @@ class Backend:
         return len(self.asked)
 
 
+class Several(Backend):
+    """Finds "a" at its next look with another engine than at its first."""
+
+    def __init__(self, *engines: Backend) -> None:
+        super().__init__()
+        self.engines = list(engines)
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        return {"a": ModelCard("a", engine=self.engines.pop(0))}
+
+    def load(self, name: str) -> int:
+        return self.cards()[name].engine.load(name)
+
+
+async def test_the_engine_that_is_named_is_the_one_that_loaded(models) -> None:
+    first, second = Backend(), Backend()
+    for engine in (first, second):
+        engine.go.set()
+    models.backend = Several(first, second)
+    await models.get("a")
+    assert (models.engine_of("a"), first.asked, second.asked) == (first, ["a"], [])
+
+
 @pytest.fixture
 def backend() -> Backend:
     return Backend()
