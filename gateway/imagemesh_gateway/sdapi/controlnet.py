@@ -1,5 +1,6 @@
 """The ControlNet extension's own routes."""
 
+import asyncio
 from typing import Any, Final
 
 from fastapi import APIRouter, Response
@@ -16,7 +17,7 @@ from imagemesh_gateway.sdapi.units import thresholds
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.limits import MAX_CONTROLS, MAX_IMAGES
 from imagemesh_runtime.preprocessing import find_preprocessor
-from imagemesh_runtime.tensors import from_proto
+from imagemesh_runtime.tensors import Array, from_proto
 
 # Of the extension whose form this is; clients ask for it to learn which fields they may send.
 _VERSION: Final = 2
@@ -70,7 +71,8 @@ def add_controlnet(router: APIRouter, mesh: Mesh) -> None:
     @router.post("/controlnet/detect")
     async def detect(body: DetectBody) -> Response:
         """Preprocess pictures."""
-        return JSONResponse({"images": await _detected(mesh, body), "info": "Success"})
+        told = {"images": await _detected(mesh, body), "info": "Success"}
+        return await asyncio.to_thread(JSONResponse, told)
 
 
 def _sliders(info: pb.PreprocessorInfo) -> list[dict[str, Any]]:
@@ -96,5 +98,9 @@ async def _detected(mesh: Mesh, body: DetectBody) -> list[str]:
         )
         answer = await mesh.preprocessors.run(request)
         pixels = from_proto(answer.image, "image", dtypes=["uint8"], shape=(None, None, 3))
-        images.append(in_base64(png_of(Image.fromarray(pixels))))
+        images.append(await asyncio.to_thread(_encoded, pixels))
     return images
+
+
+def _encoded(pixels: Array) -> str:
+    return in_base64(png_of(Image.fromarray(pixels)))

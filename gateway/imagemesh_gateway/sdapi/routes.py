@@ -1,5 +1,7 @@
 """All routes of that API."""
 
+import asyncio
+
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 
@@ -26,12 +28,14 @@ def add_sdapi(app: FastAPI, mesh: Mesh, jobs: Jobs) -> None:
     @text.post("/sdapi/v1/txt2img")
     async def txt2img(body: Txt2ImgBody) -> Response:
         """Make pictures from a prompt."""
-        return JSONResponse(await work.generate(await from_text(body, mesh, options), body))
+        told = await work.generate(await from_text(body, mesh, options), body)
+        return await asyncio.to_thread(JSONResponse, told)
 
     @image.post("/sdapi/v1/img2img")
     async def img2img(body: Img2ImgBody) -> Response:
         """Make pictures from a picture."""
-        return JSONResponse(await work.generate(await from_image(body, mesh, options), body))
+        told = await work.generate(await from_image(body, mesh, options), body)
+        return await asyncio.to_thread(JSONResponse, told)
 
     _add_control(others, work)
     add_lists(others, mesh, options)

@@ -1,5 +1,6 @@
 """The generations of these clients, and how they stand: that API asks of all of them at once."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -34,7 +35,7 @@ class Work:
         finally:
             del self._running[job.id]
         result = None if done.state == pb.JOB_STATE_CANCELLED else result_of(done)
-        return generation_json(done, result, body, asked.ignored)
+        return await asyncio.to_thread(generation_json, done, result, body, asked.ignored)
 
     async def interrupt(self) -> None:
         """Cancel what runs."""
