@@ -5,7 +5,7 @@ import io
 import re
 from typing import Annotated, Any, Final, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BeforeValidator, Field
 from starlette.datastructures import FormData, UploadFile
 
@@ -146,7 +146,7 @@ def _mask(image: bytes, mask: bytes | None) -> bytes | None:
             if mask is not None:
                 raise InvalidArgument("mask", f"a picture of mode {picture.mode}", "transparent where to redraw")
             return None
-        alpha = picture.convert("RGBA").getchannel("A")
+        alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")  # turned as the picture is
     out = io.BytesIO()
     alpha.point(lambda value: 255 if value < 128 else 0).save(out, format="PNG")
     return out.getvalue()

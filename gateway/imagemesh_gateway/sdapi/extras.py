@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from fastapi import APIRouter, Response
@@ -21,6 +23,8 @@ from imagemesh_runtime.limits import MAX_IMAGES, MAX_REQUEST_PIXELS, MAX_SIDE, c
 
 UPSCALERS: Final = ("None", *PICTURE_UPSCALERS)
 _MAX_FACTOR: Final = 8.0
+# Of its own, since what runs in a thread can't be ended: the gateway's other work doesn't wait behind it.
+_POOL: Final = ThreadPoolExecutor(2, "extras")
 _METADATA: Final = ("parameters", "prompt", "comment", "Software", "Title", "Description", "postprocessing", "extras")
 EXTRAS_ALLOWED: Final = {"upscaler_1": ", ".join(UPSCALERS), "upscaler_2": ", ".join(UPSCALERS)}
 
@@ -42,6 +46,17 @@ class ExtrasBody(Strict):
     extras_upscaler_2_visibility: float = 0
     upscale_first: bool = False
 
+    def check(self, pictures: Sequence[tuple[int, int]]) -> None:
+        """Bounds on all pictures of the request together, by their sizes, before and after.
+
+        Raises:
+            InvalidArgument: they are more.
+        """
+        for field, sizes in (("image", pictures), ("upscaling_resize", [self._size(one) for one in pictures])):
+            pixels = sum(width * height for width, height in sizes)
+            if pixels > MAX_REQUEST_PIXELS:
+                raise InvalidArgument(field, f"{pixels} pixels", f"at most {MAX_REQUEST_PIXELS} pixels in all")
+
     def run(self, picture: Image.Image) -> Image.Image:
         """The picture, resized.
 
@@ -62,22 +77,20 @@ class ExtrasBody(Strict):
     def _by(self, upscaler: str, picture: Image.Image) -> Image.Image:
         if upscaler not in UPSCALERS:
             raise NotFound("upscaler", upscaler, UPSCALERS)
-        size = self._size(picture)
-        if size[0] * size[1] > MAX_REQUEST_PIXELS:
-            raise InvalidArgument("upscaling_resize", f"{size[0]}x{size[1]}", f"at most {MAX_REQUEST_PIXELS} pixels")
+        size = self._size(picture.size)
         if upscaler == "None":
             return picture
         if self.resize_mode == 1 and self.upscaling_crop:
             return fitted(picture, *size, mode=1)
         return picture.resize(size, PICTURE_UPSCALERS[upscaler])
 
-    def _size(self, picture: Image.Image) -> tuple[int, int]:
+    def _size(self, picture: tuple[int, int]) -> tuple[int, int]:
         if self.resize_mode == 1:
             check_range("upscaling_resize_w", self.upscaling_resize_w, 1, MAX_SIDE)
             check_range("upscaling_resize_h", self.upscaling_resize_h, 1, MAX_SIDE)
             return self.upscaling_resize_w, self.upscaling_resize_h
         check_range("upscaling_resize", self.upscaling_resize, 0.1, _MAX_FACTOR)
-        width, height = (max(round(side * self.upscaling_resize), 1) for side in picture.size)
+        width, height = (max(round(side * self.upscaling_resize), 1) for side in picture)
         return width, height
 
 
@@ -119,14 +132,15 @@ def add_extras(router: APIRouter, mesh: Mesh) -> None:
     @router.post("/sdapi/v1/extra-single-image")
     async def extra_single_image(body: SingleBody) -> Response:
         """Resize a picture."""
-        made = await asyncio.to_thread(lambda: png_of(body.run(picture_of(body.image, "image"))))
-        return JSONResponse({"html_info": f"{body.upscaler_1}", "image": in_base64(made)})
+        (made,) = await resized(body, [(body.image, "image")])
+        return JSONResponse({"html_info": f"{body.upscaler_1}", "image": made})
 
     @router.post("/sdapi/v1/extra-batch-images")
     async def extra_batch_images(body: BatchBody) -> Response:
         """Resize several."""
-        images = await asyncio.to_thread(_run_all, body)
-        return JSONResponse({"html_info": f"{body.upscaler_1}", "images": [in_base64(image) for image in images]})
+        named = [(one.data, f"imageList[{i}].data") for i, one in enumerate(body.imageList)]
+        told = {"html_info": f"{body.upscaler_1}", "images": await resized(body, named)}
+        return await asyncio.to_thread(JSONResponse, told)
 
     @router.post("/sdapi/v1/png-info")
     async def png_info(body: PngInfoBody) -> Response:
@@ -141,9 +155,21 @@ def add_extras(router: APIRouter, mesh: Mesh) -> None:
         return JSONResponse(await _named(mesh, body))
 
 
-def _run_all(body: BatchBody) -> list[bytes]:
-    pictures = (picture_of(one.data, f"imageList[{i}].data") for i, one in enumerate(body.imageList))
-    return [png_of(body.run(picture)) for picture in pictures]
+async def resized(body: ExtrasBody, pictures: list[tuple[str, str]]) -> list[str]:
+    """The pictures, each with its field, resized and in base64: one after the other, as long as someone waits.
+
+    Raises:
+        InvalidArgument: one is none, or all of them together are too large.
+    """
+    loop, sizes = asyncio.get_running_loop(), list[tuple[int, int]]()
+
+    def run(text: str, field: str) -> str:
+        picture = picture_of(text, field)
+        sizes.append(picture.size)
+        body.check(sizes)
+        return in_base64(png_of(body.run(picture)))
+
+    return [await loop.run_in_executor(_POOL, run, text, field) for text, field in pictures]
 
 
 def _metadata(file: bytes) -> dict[str, str]:

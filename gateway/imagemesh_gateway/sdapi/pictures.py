@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_runtime.images import decode_file
+from imagemesh_runtime.images import FORMATS, decode_file
+from imagemesh_runtime.limits import MAX_SIDE
 from imagemesh_runtime.tensors import Array
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -36,6 +37,30 @@ def picture_of(text: object, field: str) -> Image.Image:
         InvalidArgument: there is none.
     """
     return Image.fromarray(decode_file(file_of(text, field), field))
+
+
+def mask_of(text: object, field: str) -> Image.Image:
+    """The mask behind base64, bright where to redraw: its alpha where it has some, as that API reads it.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    flat = picture_of(text, field)  # within all bounds
+    with Image.open(io.BytesIO(file_of(text, field)), formats=FORMATS) as picture:
+        if not picture.has_transparency_data:
+            return flat
+        alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return flat
+    return alpha.point(lambda value: 255 if value > 128 else 0).convert("RGB")
+
+
+def bounded(picture: Image.Image) -> Image.Image:
+    """The picture, made smaller where a side is longer than any that is drawn."""
+    if max(picture.size) <= MAX_SIDE:
+        return picture
+    scale = MAX_SIDE / max(picture.size)
+    return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)), LANCZOS)
 
 
 def png_of(picture: Image.Image) -> bytes:

@@ -13,7 +13,7 @@ from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.sdapi.bodies import GenerationBody, Img2ImgBody, Txt2ImgBody
 from imagemesh_gateway.sdapi.infotext import read_infotext, request_fields
 from imagemesh_gateway.sdapi.options import Options
-from imagemesh_gateway.sdapi.pictures import filled, fitted, picture_of, png_of
+from imagemesh_gateway.sdapi.pictures import bounded, filled, fitted, mask_of, picture_of, png_of
 from imagemesh_gateway.sdapi.samplers import scheduler_name
 from imagemesh_gateway.sdapi.units import control, units_of
 from imagemesh_runtime.errors import InvalidArgument, NotFound
@@ -177,12 +177,12 @@ def _add_pictures(request: pb.GenerateRequest, body: Img2ImgBody) -> bytes:
         raise InvalidArgument("resize_mode", mode, "0 where width and height are left out")
 
     def fit(picture: Image.Image) -> Image.Image:
-        return fitted(picture, request.width, request.height, mode) if mode else picture
+        return fitted(picture, request.width, request.height, mode) if mode else bounded(picture)
 
     picture = fit(picture_of(body.init_images[0], "init_images[0]"))
     start = png_of(picture)
     if body.mask:
-        mask = fit(picture_of(body.mask, "mask"))
+        mask = fit(mask_of(body.mask, "mask"))
         _add_mask(request, body, mask)
         if not body.inpainting_fill:
             hole = mask.point(lambda value: 255 - value) if body.inpainting_mask_invert else mask

@@ -1,10 +1,31 @@
-"""Pictures of any shape are fitted without being blown up on the way."""
+"""Pictures of any shape are fitted without being blown up on the way, and masks are read as that API reads them."""
+
+import asyncio
+import base64
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imagemesh_gateway.sdapi.pictures import fitted
+from imagemesh_gateway.http_openai_body import _mask
+from imagemesh_gateway.sdapi import extras
+from imagemesh_gateway.sdapi.pictures import bounded, fitted, mask_of
+from imagemesh_runtime.errors import InvalidArgument
+
+
+def png(picture: Image.Image, orientation: int = 1) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(file, format="PNG", exif=exif)
+    return file.getvalue()
+
+
+def half(alpha: bool) -> Image.Image:
+    """8 wide, 4 high, its left half 0 and the rest 255: in its alpha over white, or else in all colours."""
+    pixels = np.full((4, 8, 4), 255, np.uint8)
+    pixels[:, :4, 3 if alpha else slice(0, 3)] = 0
+    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("size", [(65_000, 1), (1, 65_000)])
@@ -27,3 +48,40 @@ def test_the_middle_of_a_wide_picture_stays() -> None:
     pixels = np.zeros((32, 96, 3), np.uint8)
     pixels[:, 32:64] = 255
     assert (np.asarray(fitted(Image.fromarray(pixels), 32, 32, mode=1)) == 255).all()
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+def test_a_mask_is_its_alpha_where_it_has_some(alpha: bool) -> None:
+    mask = np.asarray(mask_of(base64.b64encode(png(half(alpha))).decode(), "mask"))
+    assert mask.shape == (4, 8, 3)
+    assert (mask[:, :4] == 0).all()
+    assert (mask[:, 4:] == 255).all()
+
+
+def test_masks_are_turned_as_pictures_are() -> None:
+    turned = png(half(alpha=True), orientation=6)  # a quarter to the right: the left half is above
+    mask = np.asarray(mask_of(base64.b64encode(turned).decode(), "mask").convert("L"))
+    theirs = np.asarray(Image.open(io.BytesIO(_mask(turned, None) or b"")))
+    for one in (mask, 255 - theirs):
+        assert one.shape == (8, 4)
+        assert (one[:4] == 0).all()
+        assert (one[4:] == 255).all()
+
+
+def test_a_picture_larger_than_any_drawn_is_made_smaller() -> None:
+    assert bounded(Image.new("RGB", (8192, 1024))).size == (4096, 512)
+    assert bounded(Image.new("RGB", (65_000, 1))).size == (4096, 1)
+    small = Image.new("RGB", (64, 64))
+    assert bounded(small) is small
+
+
+@pytest.mark.parametrize("asked", [{"upscaler_1": "Nearest", "upscaling_resize": 8}, {"upscaling_resize": 0.5}])
+def test_the_pictures_of_a_request_are_bounded_together(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, object]
+) -> None:
+    monkeypatch.setattr(extras, "MAX_REQUEST_PIXELS", 8 * 8 * (64 if "upscaler_1" in asked else 1))
+    body = extras.ExtrasBody.model_validate(asked)
+    one = (base64.b64encode(png(Image.new("RGB", (8, 8)))).decode(), "image")
+    assert len(asyncio.run(extras.resized(body, [one]))) == 1
+    with pytest.raises(InvalidArgument, match="pixels in all"):
+        asyncio.run(extras.resized(body, [one, one]))
