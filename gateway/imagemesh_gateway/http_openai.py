@@ -19,7 +19,7 @@ from imagemesh_gateway.http_media import require_json
 from imagemesh_gateway.http_models import model_json, models_json
 from imagemesh_gateway.http_openai_body import OPENAI_ALLOWED, OpenAIBody, read_form
 from imagemesh_gateway.http_shapes import shaped
-from imagemesh_gateway.jobs.awaited import await_job
+from imagemesh_gateway.jobs.awaited import await_job, create_awaited
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_runtime.errors import MeshError, NotFound
@@ -77,7 +77,7 @@ def openai_error(error: MeshError) -> Response:
 async def _pictures(
     request: Request, jobs: Jobs, body: OpenAIBody, asked: job_service_pb2.CreateJobRequest
 ) -> Response:
-    job, _ = await jobs.create(asked)
+    job = await create_awaited(jobs, asked)
     result = result_of(await await_job(jobs, job.id))
     told: dict[str, Any] = {"created": int(time.time()), "output_format": body.output_format or "png"}
     told["size"] = f"{result.parameters.width}x{result.parameters.height}"

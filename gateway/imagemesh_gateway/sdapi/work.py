@@ -6,7 +6,7 @@ from typing import Any
 
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.http_jobs import result_of
-from imagemesh_gateway.jobs.awaited import await_job
+from imagemesh_gateway.jobs.awaited import await_job, create_awaited
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.sdapi.answers import generation_json
 from imagemesh_gateway.sdapi.bodies import GenerationBody
@@ -28,7 +28,7 @@ class Work:
     async def generate(self, asked: Asked, body: GenerationBody) -> dict[str, Any]:
         """Make the pictures; of an interrupted generation there are none. Errors are those of the job."""
         create = pb.CreateJobRequest(generate=asked.request, retention_seconds=_KEPT_SECONDS)
-        job, _ = await self._jobs.create(create)
+        job = await create_awaited(self._jobs, create)
         self._running[job.id] = time.monotonic()
         try:
             done = await await_job(self._jobs, job.id)
