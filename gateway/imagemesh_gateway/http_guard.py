@@ -29,6 +29,7 @@ WATCHES = frozenset({EVENTS_PATH, SOCKET_PATH})
 WS_MESSAGE_BYTES = 64 * 1024
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE = 499
+_OTHER = "other"
 _RETRY_SECONDS = 1
 _LATER = {"Retry-After": str(_RETRY_SECONDS)}
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -108,6 +109,8 @@ class Guard:
         try:
             await self._admit(exchange, path)
         finally:
+            if path == _OTHER:  # a router's routes are found by itself alone, when it serves them
+                path = str(getattr(scope.get("route"), "path", _OTHER))
             labels = (scope["method"] if scope["method"] in METHODS else "other", path)
             self._handled.labels(*labels, exchange.status or CLIENT_GONE).inc()
             self._seconds.labels(*labels).observe(perf_counter() - start)
@@ -116,8 +119,8 @@ class Guard:
         """The path of the route that the request is for, so that clients can't invent series."""
         for route in self._app.routes:
             if route.matches(scope)[0] is not Match.NONE:
-                return str(getattr(route, "path", "other"))
-        return "other"
+                return str(getattr(route, "path", _OTHER))
+        return _OTHER
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
         _begin_call(scope, None)
