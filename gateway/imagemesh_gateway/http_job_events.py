@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -17,11 +18,13 @@ from imagemesh_gateway.http_origin import check_origin
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_runtime.errors import MeshError
 
+log = logging.getLogger(__name__)
+
 # The routes that last as long as a job does.
 EVENTS_PATH, SOCKET_PATH = "/v1/jobs/{job}/events", "/v1/jobs/{job}/socket"
 # Proxies cut connections on which nothing comes for a minute or so.
 KEEP_ALIVE_SECONDS = 15.0
-_TRY_AGAIN = 1013  # a WebSocket's close code, as IANA lists it
+_UNFORESEEN, _TRY_AGAIN = 1011, 1013  # a WebSocket's close codes, as IANA lists them
 _BEGIN_AGAIN_MILLISECONDS = 2000
 
 
@@ -90,20 +93,38 @@ async def _tell_socket(socket: WebSocket, jobs: Jobs, job: str) -> None:
     finally:
         for task in (telling, leaving):
             task.cancel()
-        await asyncio.gather(telling, leaving, return_exceptions=True)
+        await asyncio.wait((telling, leaving))
+    for task in (telling, leaving):
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("watching job %s by a socket failed", job, exc_info=error)
+            with suppress(_ClientLeftError):
+                await _say(socket.close(_UNFORESEEN))
+
+
+class _ClientLeftError(Exception):
+    """Nobody is there to be told."""
+
+
+async def _say(saying: Awaitable[None]) -> None:
+    """What the frameworks raise where a client left while something was on its way, as an error of its own."""
+    try:
+        await saying
+    except (WebSocketDisconnect, RuntimeError) as error:
+        raise _ClientLeftError from error
 
 
 async def _tell(socket: WebSocket, jobs: Jobs, job: str) -> None:
-    with suppress(WebSocketDisconnect, RuntimeError):  # it left while something was on its way
+    with suppress(_ClientLeftError):
         try:
             async with aclosing(jobs.watch(job, pictures=False)) as changes:
                 async for now in changes:
-                    await socket.send_json(job_json(now))
+                    message = job_json(now)
+                    await _say(socket.send_json(message))
         except MeshError as error:
-            await socket.send_json(error_body(error))
-            await socket.close(_TRY_AGAIN)
+            await _say(socket.send_json(error_body(error)))
+            await _say(socket.close(_TRY_AGAIN))
         else:
-            await socket.close()
+            await _say(socket.close())
 
 
 async def _left(socket: WebSocket) -> None:
