@@ -1,5 +1,6 @@
 """What the gateway serves over the Open Inference Protocol: the stages, forwarded to their services, and the whole."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -63,8 +64,8 @@ def oip_models(mesh: Mesh, metrics: Metrics) -> list[OipModel]:
 
     return [
         _generate_model(mesh, metrics),
-        *text_models(_name(mesh, mesh.text_encoder), encode_text),
-        *vae_models(_name(mesh, mesh.vae), decode, encode),
+        *text_models(_stage_name(mesh, mesh.text_encoder), encode_text),
+        *vae_models(_stage_name(mesh, mesh.vae), decode, encode),
         *vit_models(_name(mesh, mesh.vit), classify, embed),
     ]
 
@@ -72,6 +73,16 @@ def oip_models(mesh: Mesh, metrics: Metrics) -> list[OipModel]:
 def _name(mesh: Mesh, peer: Peer) -> Name:
     async def name(asked: str) -> str:
         return (await mesh.catalogue.find(peer, asked)).name
+
+    return name
+
+
+def _stage_name(mesh: Mesh, peer: Peer) -> Name:
+    """Names of a stage's models; "" is the mesh's default model, which the diffusion service tells."""
+
+    async def name(asked: str) -> str:
+        wanted = asked or (await mesh.catalogue.find(mesh.diffusion, "")).name
+        return (await mesh.catalogue.find(peer, wanted)).name
 
     return name
 
@@ -89,7 +100,10 @@ def _generate_model(mesh: Mesh, metrics: Metrics) -> OipModel:
                     steps = event.progress.steps
                     yield {"step": _one(event.progress.step), "steps": _one(steps)}, False
                 elif kind == "result":
-                    yield _made(event.result) | {"step": _one(steps), "steps": _one(steps)}, True
+                    yield (
+                        await asyncio.to_thread(_made, event.result) | {"step": _one(steps), "steps": _one(steps)},
+                        True,
+                    )
 
     async def ready() -> bool:
         models, _ = await mesh.models()
