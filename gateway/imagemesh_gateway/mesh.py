@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from imagemesh.v1 import (
     controlnet_service_pb2_grpc,
+    diffusion_service_pb2,
+    diffusion_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     reference_service_pb2_grpc,
@@ -39,6 +41,7 @@ class Mesh:
         if not addresses:
             raise InvalidArgument("diffusion", config.diffusion, "an address, or several joined by commas")
         self.diffusion = Replicas([peer("diffusion", address) for address in addresses], config.replica_rest_seconds)
+        self._timeout = config.catalogue_timeout_seconds
         self.checkpoint_every = config.checkpoint_every
         self.vae = peer("vae", config.vae)
         self.controlnet = peer("controlnet", config.controlnet)
@@ -67,6 +70,32 @@ class Mesh:
             else:
                 models += answer.values()
         return models, unreachable
+
+    async def schedulers(self) -> Sequence[diffusion_service_pb2.SchedulerInfo]:
+        """The schedulers that generations take; errors as ``Catalogue.fetch``."""
+
+        async def ask(peer: Peer) -> diffusion_service_pb2.ListSchedulersResponse:
+            stub = diffusion_service_pb2_grpc.DiffusionServiceStub(peer.channel)
+            asked = diffusion_service_pb2.ListSchedulersRequest()
+            answer: diffusion_service_pb2.ListSchedulersResponse = await peer.unary(
+                stub.ListSchedulers, asked, timeout_seconds=self._timeout
+            )
+            return answer
+
+        return (await self.diffusion.ask(ask)).schedulers
+
+    async def guiders(self) -> Sequence[diffusion_service_pb2.GuiderInfo]:
+        """The guiders likewise."""
+
+        async def ask(peer: Peer) -> diffusion_service_pb2.ListGuidersResponse:
+            stub = diffusion_service_pb2_grpc.DiffusionServiceStub(peer.channel)
+            asked = diffusion_service_pb2.ListGuidersRequest()
+            answer: diffusion_service_pb2.ListGuidersResponse = await peer.unary(
+                stub.ListGuiders, asked, timeout_seconds=self._timeout
+            )
+            return answer
+
+        return (await self.diffusion.ask(ask)).guiders
 
     async def close(self) -> None:
         """Close the channels."""
@@ -119,17 +148,7 @@ class Catalogue:
         Raises:
             MeshError: it can't be reached, or does not answer in time.
         """
-        if isinstance(peer, Peer):
-            return await self._ask(peer)
-        asked: list[Peer] = []
-        while True:
-            asked.append(peer.pick(avoid=asked))
-            try:
-                return await self._ask(asked[-1])
-            except MeshError:
-                peer.note_failure(asked[-1])
-                if len(asked) == len(peer.peers):
-                    raise
+        return await (self._ask(peer) if isinstance(peer, Peer) else peer.ask(self._ask))
 
     async def _ask(self, peer: Peer) -> Mapping[str, ModelInfo]:
         stub = model_service_pb2_grpc.ModelServiceStub(peer.channel)

@@ -2,10 +2,14 @@
 
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from imagemesh_runtime.client import Peer
+from imagemesh_runtime.errors import MeshError
+
+Answer = TypeVar("Answer")
 
 
 class Replicas:
@@ -27,6 +31,22 @@ class Replicas:
         rested = [peer for peer in pool if not self._rests(peer)]
         two = random.sample(rested or pool, min(2, len(rested or pool)))
         return min(two, key=lambda peer: self._under_way[peer])
+
+    async def ask(self, question: Callable[[Peer], Awaitable[Answer]]) -> Answer:
+        """What one of them answers, asked one after another until one does.
+
+        Raises:
+            MeshError: none does; it is the last one's.
+        """
+        asked: list[Peer] = []
+        while True:
+            asked.append(self.pick(avoid=asked))
+            try:
+                return await question(asked[-1])
+            except MeshError:
+                self.note_failure(asked[-1])
+                if len(asked) == len(self.peers):
+                    raise
 
     @contextmanager
     def work_on(self, peer: Peer) -> Iterator[None]:

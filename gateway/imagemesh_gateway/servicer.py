@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from imagemesh.v1 import diffusion_service_pb2, diffusion_service_pb2_grpc, vit_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
+from imagemesh.v1 import vit_service_pb2
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
 from imagemesh_gateway.plan import make_plan
@@ -87,8 +87,5 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         return pb.ListModelsResponse(models=models, unreachable=unreachable, roots=self._mesh.catalogue.roots())
 
     async def DescribeSampling(self, request: pb.DescribeSamplingRequest, context: Any) -> pb.DescribeSamplingResponse:
-        peer = self._mesh.diffusion.pick()
-        stub = diffusion_service_pb2_grpc.DiffusionServiceStub(peer.channel)
-        schedulers = await peer.unary(stub.ListSchedulers, diffusion_service_pb2.ListSchedulersRequest())
-        guiders = await peer.unary(stub.ListGuiders, diffusion_service_pb2.ListGuidersRequest())
-        return pb.DescribeSamplingResponse(schedulers=schedulers.schedulers, guiders=guiders.guiders)
+        mesh = self._mesh
+        return pb.DescribeSamplingResponse(schedulers=await mesh.schedulers(), guiders=await mesh.guiders())

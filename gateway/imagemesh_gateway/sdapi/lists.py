@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from imagemesh.v1 import diffusion_service_pb2, diffusion_service_pb2_grpc
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.modes import LATENT_UPSCALERS
 from imagemesh_gateway.sdapi.extras import UPSCALERS
@@ -37,10 +36,7 @@ def add_lists(router: APIRouter, mesh: Mesh, options: Options) -> None:
     @router.get("/sdapi/v1/samplers")
     async def samplers() -> Response:
         """List the samplers."""
-        peer = mesh.diffusion.pick()
-        stub = diffusion_service_pb2_grpc.DiffusionServiceStub(peer.channel)
-        answer = await peer.unary(stub.ListSchedulers, diffusion_service_pb2.ListSchedulersRequest())
-        return JSONResponse(samplers_json(list(answer.schedulers)))
+        return JSONResponse(samplers_json(list(await mesh.schedulers())))
 
 
 def _add_models(router: APIRouter, mesh: Mesh) -> None:
