@@ -7,10 +7,12 @@ embeddings. Here both are taken out again and put in only for the rows of those 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from safetensors import safe_open
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, shorten
@@ -20,19 +22,19 @@ from imagemesh_services.diffusion.references import NEGATIVE, POSITIVE, Referenc
 from imagemesh_services.ip_adapters import IpAdapter, find_adapters
 from imagemesh_services.torch_support import building, to_torch
 
-# Adapters in their order, and how much each counts.
-Adapted = tuple[tuple[str, float], ...]
-_KEPT: Final = 4  # sets of adapters in memory
+_KEPT: Final = 4  # adapters that stay in memory also when nobody uses them
 _PARTS: Final = ("image_proj", "ip_adapter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fitting:
     """What of a UNet an adapter replaces."""
 
     processors: Mapping[str, Any]
     projection: Any
     kind: str | None
+    # What it is composed of, which stays in memory as long as it does.
+    parts: tuple["_Fitting", ...] = ()
 
     @classmethod
     def of(cls, unet: Any) -> "_Fitting":
@@ -42,17 +44,43 @@ class _Fitting:
         unet.encoder_hid_proj = projection
         return cls(processors, projection, kind)
 
+    @classmethod
+    def composed(cls, parts: Sequence["_Fitting"], scales: Sequence[float]) -> "_Fitting":
+        """Of an adapter each, as diffusers loads several: theirs are the weights, none is copied."""
+        processors = {}
+        for name, first in parts[0].processors.items():
+            processors[name] = first
+            if hasattr(first, "to_k_ip"):
+                processors[name] = _beside([one.processors[name] for one in parts], scales)
+        layers = [layer for one in parts for layer in one.projection.image_projection_layers]
+        return cls(processors, MultiIPAdapterImageProjection(layers).eval(), parts[0].kind, tuple(parts))
+
     def put(self, unet: Any) -> None:
         unet.encoder_hid_proj = None
         unet.set_attn_processor(dict(self.processors))
         unet.encoder_hid_proj = self.projection
         unet.config.encoder_hid_dim_type = self.kind
 
-    def weigh(self, scales: Sequence[float]) -> None:
-        """As ``set_ip_adapter_scale``."""
-        for processor in self.processors.values():
-            if hasattr(processor, "to_k_ip"):
-                processor.scale = list(scales)
+
+def _beside(processors: Sequence[Any], scales: Sequence[float]) -> Any:
+    """A processor with the keys and values of all, each counting as much as its scale says."""
+    first, tokens = processors[0], [count for one in processors for count in one.num_tokens]
+    with torch.device("meta"):  # it makes weights of its own, which are not wanted
+        made = type(first)(first.hidden_size, first.cross_attention_dim, num_tokens=tokens, scale=list(scales))
+    made.to_k_ip = torch.nn.ModuleList(layer for one in processors for layer in one.to_k_ip)
+    made.to_v_ip = torch.nn.ModuleList(layer for one in processors for layer in one.to_v_ip)
+    return made.eval()
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Adapters in their order and how much each counts; those with the same are equal. It keeps them in memory."""
+
+    told: tuple[tuple[str, float], ...] = ()
+    fitting: _Fitting | None = field(default=None, compare=False)
+
+
+NOTHING: Final = Adapted()
 
 
 class Adapters:
@@ -61,7 +89,8 @@ class Adapters:
     def __init__(self, model: str, unet: Any, repository: Repository) -> None:
         self._model, self._unet, self._repository = model, unet, repository
         self._known: Mapping[str, IpAdapter] = {}
-        self._fitted: OrderedDict[tuple[str, ...], _Fitting] = OrderedDict()
+        self._fitted: WeakValueDictionary[str, _Fitting] = WeakValueDictionary()
+        self._latest: OrderedDict[str, _Fitting] = OrderedDict()
 
     def prepare(self, references: Sequence[Reference]) -> Adapted:
         """Load what these need.
@@ -80,43 +109,46 @@ class Adapters:
             if shape[-1] != adapter.width or (len(shape) == 3) != adapter.hidden:
                 wanted = f"[1, {'tokens, ' if adapter.hidden else ''}{adapter.width}] for {one.adapter}"
                 raise InvalidArgument(f"references[{i}].embeds[{POSITIVE!r}].shape", list(shape), wanted)
-        if references:
-            self._fitting(tuple(one.adapter for one in references))
-        return tuple((one.adapter, one.scale) for one in references)
+        if not references:
+            return NOTHING
+        parts = [self._fitting(one.adapter) for one in references]
+        with building():
+            fitting = _Fitting.composed(parts, [one.scale for one in references])
+        return Adapted(tuple((one.adapter, one.scale) for one in references), fitting)
 
     @contextmanager
     def at_work(self, adapted: Adapted) -> Iterator[None]:
         """Around forwards of rows that have these."""
-        if not adapted:
+        if adapted.fitting is None:
             yield
             return
         usual = _Fitting.of(self._unet)
         try:
-            fitting = self._fitting(tuple(name for name, _ in adapted))
-            fitting.weigh([scale for _, scale in adapted])
-            fitting.put(self._unet)
+            adapted.fitting.put(self._unet)
             yield
         finally:
             usual.put(self._unet)
 
-    def _fitting(self, names: tuple[str, ...]) -> _Fitting:
-        if names not in self._fitted:
-            self._fitted[names] = self._load([self._known[name] for name in names])
-            if len(self._fitted) > _KEPT:
-                self._fitted.popitem(last=False)
-        self._fitted.move_to_end(names)
-        return self._fitted[names]
+    def _fitting(self, name: str) -> _Fitting:
+        """The adapter's, in memory once however many use it."""
+        fitting = self._fitted.get(name)
+        if fitting is None:
+            fitting = self._fitted[name] = self._load(self._known[name])
+        self._latest[name] = fitting
+        self._latest.move_to_end(name)
+        if len(self._latest) > _KEPT:
+            self._latest.popitem(last=False)
+        return fitting
 
-    def _load(self, adapters: Sequence[IpAdapter]) -> _Fitting:
+    def _load(self, adapter: IpAdapter) -> _Fitting:
         usual = _Fitting.of(self._unet)
         try:
             with building():
-                self._unet._load_ip_adapter_weights([_weights(one) for one in adapters], low_cpu_mem_usage=False)
+                self._unet._load_ip_adapter_weights([_weights(adapter)], low_cpu_mem_usage=False)
             fitting = _Fitting.of(self._unet)
         except (RuntimeError, KeyError, ValueError, IndexError) as error:
-            names = ", ".join(one.name for one in adapters)
             raise FailedPrecondition(
-                f"IP-Adapter {names} does not fit model {self._model}: {shorten(str(error))}"
+                f"IP-Adapter {adapter.name} does not fit model {self._model}: {shorten(str(error))}"
             ) from error
         finally:
             usual.put(self._unet)

@@ -8,6 +8,7 @@ import torch
 
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.diffusion.backend import Steering
+from imagemesh_services.diffusion.backends.torch.adapters import NOTHING, Adapted
 from imagemesh_services.torch_support import to_torch
 
 
@@ -29,7 +30,7 @@ class StepRows:
     # Rows for which the model is changed first.
     own: "StepRows | None" = None
     # The IP-Adapters that the model has for these rows, and how much each counts.
-    adapted: tuple[tuple[str, float], ...] = ()
+    adapted: Adapted = NOTHING
 
     @property
     def featured(self) -> bool:

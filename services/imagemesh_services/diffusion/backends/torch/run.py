@@ -59,7 +59,7 @@ class TorchRun:
         shapes = (self._state.latents.shape[1:], prompt)
         self._features = Features(inputs, components.unet)
         told = (*(one.positive.shape for one in inputs.references), *(one.shapes for one in inputs.features[:1]))
-        self.key: Hashable = (*shapes, self._state.latents.dtype, components.adapted, told)
+        self.key: Hashable = (*shapes, self._state.latents.dtype, components.adapted.told, told)
 
     def check_timesteps(self) -> None:
         """With ``steps_offset``, the largest step counts lead past what the model was trained on.
