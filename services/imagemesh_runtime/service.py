@@ -20,7 +20,7 @@ from imagemesh_runtime.server import MeshServer, stop_signal
 
 log = logging.getLogger(__name__)
 
-# The exit code of a process whose device hung when it was to end.
+# The exit code of a process whose device was still at something, slow or hanging, when it was to end.
 EXIT_HANGS: Final = 70
 # How long what the lane is at may take when all calls have ended, or were ended after the grace period.
 _LAST_SECONDS: Final = 3.0
@@ -131,17 +131,21 @@ def main(cls: type[Config], create: Callable[[Config, Lane], MeshServer], file: 
 
 
 def leave(lane: Lane, first: Callable[[], None] = lambda: None) -> None:
-    """Close the lane of a process that ends; if its device hangs, end the process without it, and with ``EXIT_HANGS``.
+    """Close the lane of a process that ends; if it is still at work, end without it, and with ``EXIT_HANGS``.
 
-    A thread can't be stopped, and Python would wait for it for ever. ``first`` is called before such an end.
+    A thread can't be stopped, and Python would wait for it, for ever where the device hangs: that can't be told from
+    slow work, such as the load of a model. An exception that ends the process is logged here, since Python would not
+    come to it. ``first`` is called before such an end.
     """
     if lane.close(_LAST_SECONDS):
         return
     stack, since = lane.stack(), lane.busy_since
     at = f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else "a call that just ended"
+    if (error := sys.exception()) is not None:
+        log.error("the process ends by an error", exc_info=error)
     log.error(
-        "the device of lane %s hangs: for %.0f s by now at %s; the process ends without it\n%s",
-        lane.name, perf_counter() - since if since is not None else 0.0, at, "".join(traceback.format_list(stack)),
+        "lane %s is still at %s after %.0f s, slow or hanging; the process ends without it\n%s",
+        lane.name, at, perf_counter() - since if since is not None else 0.0, "".join(traceback.format_list(stack)),
     )  # fmt: skip
     first()
     logging.shutdown()
