@@ -1,5 +1,7 @@
 """What AdaptPicture promises over every backend, and what the torch one owes to diffusers."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,11 +16,15 @@ import torch
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import InvalidArgument, Overloaded
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.controlnet.backend import BACKENDS
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.service import create
+from imagemesh_services.controlnet.servicer import ControlNetServicer
 from imagemesh_services.diffusion.features import read_features
 from tests.support.services import serving
 from tests.support.tiny_models import build_adapter
@@ -66,6 +72,27 @@ async def test_the_features_are_the_librarys(folder: Path) -> None:
         answer = await stub.AdaptPicture(asked("lines"))
     for one, other in zip(answer.features, theirs, strict=True):
         np.testing.assert_allclose(from_proto(one, "features"), other.numpy(), atol=1e-5)
+
+
+async def test_a_picture_beyond_the_queue_is_refused_and_its_place_is_free_again() -> None:
+    config = ControlNetConfig(backend="fake", max_queue=1)
+    lane, metrics = Lane("controlnet"), Metrics("controlnet")
+    models = LoadedModels(choose_backend(BACKENDS, "fake")(config), lane, metrics)
+    servicer = ControlNetServicer(config, models, metrics)
+    begun, go = threading.Event(), threading.Event()
+    try:
+        blocker = asyncio.create_task(lane.run(lambda: begun.set() or go.wait(30)))
+        await asyncio.to_thread(begun.wait, 30)
+        first = asyncio.create_task(servicer.AdaptPicture(asked("fake"), None))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="adapt is full"):
+            await servicer.AdaptPicture(asked("fake"), None)
+        go.set()
+        await asyncio.gather(first, blocker)
+        assert (await servicer.AdaptPicture(asked("fake"), None)).features
+    finally:
+        go.set()
+        lane.close()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
         self._metrics = metrics
         self._max_sessions = config.max_queue
         self._sessions = 0
+        self._pending = 0  # pictures to adapt, each of one call
 
     @takes_parcels
     async def Control(  # type: ignore[override]
@@ -71,6 +72,15 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             self._sessions -= 1
 
     async def AdaptPicture(self, request: pb.AdaptPictureRequest, context: Any) -> pb.AdaptPictureResponse:
+        if self._pending >= self._max_sessions:
+            raise Overloaded("adapt", self._max_sessions, 1.0)
+        self._pending += 1
+        try:
+            return await self._adapt(request)
+        finally:
+            self._pending -= 1
+
+    async def _adapt(self, request: pb.AdaptPictureRequest) -> pb.AdaptPictureResponse:
         image = from_proto(request.image, "image", dtypes=["uint8"], shape=(None, None, 3))
         _check_picture(image, "image")
         model = await self._models.get(request.model)
