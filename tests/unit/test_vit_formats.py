@@ -5,6 +5,7 @@ import logging
 import pickle
 from pathlib import Path
 
+import h5py
 import ml_dtypes
 import msgpack
 import numpy as np
@@ -15,6 +16,7 @@ from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_services.vit.backend import BACKENDS, Wanted
 from imagemesh_services.vit.backends.torch import TorchVit
 from imagemesh_services.vit.backends.torch.flax_files import read as read_flax
+from imagemesh_services.vit.backends.torch.tensorflow_files import read as read_tensorflow
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.weights import find_weights
 from tests.support import foreign_weights as foreign
@@ -141,6 +143,20 @@ def test_a_half_copied_folder_hides_no_other_and_is_told_what_it_lacks(originals
     assert {name: card.properties.get("format") for name, card in cards.items()} == {"a-torn": None, "whole": "pytorch"}
     with pytest.raises(FailedPrecondition, match=r"pytorch_model\.bin\.index\.json can't be read"):
         unsafe(tmp_path).load("a-torn")
+
+
+@pytest.mark.parametrize("kind", ["external", "virtual"])
+def test_a_tensorflow_file_that_refers_to_others_is_refused(tmp_path, kind):
+    (tmp_path / "secret").write_bytes(bytes(16))
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        if kind == "external":
+            file.create_dataset("kernel", (4,), "float32", external=[(str(tmp_path / "secret"), 0, 16)])
+        else:
+            layout = h5py.VirtualLayout((4,), "float32")
+            layout[:] = h5py.VirtualSource(tmp_path / "secret", "numbers", (4,))
+            file.create_virtual_dataset("kernel", layout)
+    with pytest.raises(ValueError, match="kernel are in other files"):
+        read_tensorflow(tmp_path / "tf_model.h5")
 
 
 def test_flax_arrays_in_chunks_and_in_bfloat16_are_read(tmp_path):

@@ -26,7 +26,12 @@ _AXES: Final = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}  # of a kernel of so m
 
 
 def read(path: Path) -> Mapping[str, Array]:
-    """The file's arrays, by PyTorch's names and in PyTorch's layouts."""
+    """The file's arrays, by PyTorch's names and in PyTorch's layouts.
+
+    Raises:
+        OSError: it is no HDF5.
+        ValueError: it refers to other files, which whoever wrote it may have no right to read.
+    """
     with h5py.File(path, "r") as file:
         # The group of the layer, then the name of the model.
         above = 2 if any(name.startswith("layer_names") for name in file.attrs) else 0
@@ -37,6 +42,8 @@ def read(path: Path) -> Mapping[str, Array]:
 
 def _collect(found: list[tuple[str, Array]], above: int, name: str, item: h5py.Group | h5py.Dataset) -> None:
     if isinstance(item, h5py.Dataset):
+        if item.external or item.is_virtual:
+            raise ValueError(f"the numbers of {name} are in other files")
         found.append(_named(_scopes(name, above), np.asarray(item[()])))
 
 
