@@ -1,7 +1,7 @@
 """A generation request with every default and drawn value filled in, and every value checked."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from imagemesh.v1 import gateway_service_pb2 as pb
@@ -110,6 +110,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     steps, guidance = _steps_and_guidance(request, model)
     width, height = _size(request, model)
     seeds = _seeds(request, width, height)
+    controls = await _controls(request, mesh)
     return Plan(
         id=secrets.token_hex(8),
         model=model.name,
@@ -123,7 +124,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         own_scheduler=model.properties.get("scheduler", ""),
         clip_skip=request.clip_skip,
         seeds=seeds,
-        controls=await _controls(request, mesh),
+        controls=controls,
         image=image_plan(request, steps, model),
         variation_seeds=_variation_seeds(request, len(seeds)),
         variation_strength=request.variation_strength,
@@ -136,7 +137,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         inpaints=model.properties.get("needs") == "mask",
         literal_prompt=request.literal_prompt,
         references=await reference_plans(request, mesh),
-        savings=_savings(request),
+        savings=_savings(request, controls),
     )
 
 
@@ -213,8 +214,9 @@ def _variation_seeds(request: pb.GenerateRequest, count: int) -> tuple[int, ...]
     return tuple(range(seed, seed + count))
 
 
-def _savings(request: pb.GenerateRequest) -> ControlSavings:
-    check_savings(request.control_savings, len(request.controls))
+def _savings(request: pb.GenerateRequest, controls: Sequence[ControlPlan]) -> ControlSavings:
+    """The request's; a T2I-Adapter, which is asked once, has nothing to save on."""
+    check_savings(request.control_savings, sum(not one.once for one in controls))
     return request.control_savings
 
 
