@@ -55,7 +55,7 @@ class ControlSavings:
     """What to save on the ControlNets; each changes the picture, and is named in ``Parameters.lossy``.
 
     Attributes:
-        reuse_steps: ask at every so many steps, and take the same residuals between; 1: at each.
+        reuse_steps: ask at every so many evaluations of the model, and take the same residuals between; 1: at each.
         conditional_only: steer the prompt's half alone, and not the negative prompt's.
         residuals: round them to 8 bits on the wire: "int8" or "fp8"; empty: not at all.
     """

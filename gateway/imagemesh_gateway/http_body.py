@@ -165,7 +165,7 @@ class ControlBody(Strict):
 class SavingsBody(Strict):
     """What to save on the ControlNets, which changes the picture."""
 
-    reuse_steps: int = Field(0, ge=0, le=MAX_STEPS, description="Ask at every so many steps; 0 or 1: at each.")
+    reuse_steps: int = Field(0, ge=0, le=MAX_STEPS, description="Ask at every so many evaluations; 0 or 1: at each.")
     conditional_only: bool = Field(False, description="Steer the prompt's half alone.")
     residuals: Literal["", "int8", "fp8"] = Field("", description="Round residuals on the wire.")
 
