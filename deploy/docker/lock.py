@@ -32,7 +32,7 @@ def main() -> None:
         return
     project = str(ROOT / "pyproject.toml")
     _write("gateway", _compile([], project, "--extra", "gateway"))
-    worker = _compile([], project, "--extra", "torch")
+    worker = _compile([], project, "--extra", "torch", "--extra", "search")
     _write("worker", (block for block in worker if not _BUILDS.match(block)))
     _write("torch-cuda", filter(_BUILDS.match, worker))
     _write("build", _compile(["hatchling"]))

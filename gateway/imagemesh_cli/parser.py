@@ -24,6 +24,7 @@ from imagemesh_cli.option_types import (
     whole,
 )
 from imagemesh_cli.rooms import SERVICES
+from imagemesh_cli.search_parser import SEARCH_COMMANDS
 from imagemesh_cli.shrink_parser import add_distill, add_export, add_quantize
 
 DEFAULT_SERVER = "127.0.0.1:50050"
@@ -78,6 +79,9 @@ def build_parser() -> ArgumentParser:
     _preprocess(
         command("preprocess", "preprocess_commands:preprocess", "make of a picture what a ControlNet is to follow")
     )
+    for name, (about, add) in SEARCH_COMMANDS.items():
+        add(parser_of := command(name, f"search_commands:{name}", about))
+        _client(parser_of)
     add_export(command("export", "shrink_commands:export", "write a classifier as an ONNX or OpenVINO graph"))
     add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
     add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))

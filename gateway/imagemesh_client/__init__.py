@@ -14,6 +14,7 @@ from imagemesh_client.images import ImageInput
 from imagemesh_client.job_types import Job, JobFailure, JobOptions
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor, PreprocessorParameter
 from imagemesh_client.requests import GenerateOptions
+from imagemesh_client.search import Duplicate, Index, Match
 from imagemesh_client.sync import Client
 from imagemesh_client.types import (
     Choice,
@@ -47,6 +48,7 @@ __all__ = [
     "Control",
     "ControlSavings",
     "DeadlineExceeded",
+    "Duplicate",
     "EmbedOptions",
     "Embeddings",
     "Event",
@@ -55,10 +57,12 @@ __all__ = [
     "Generation",
     "Hires",
     "ImageInput",
+    "Index",
     "InvalidArgument",
     "Job",
     "JobFailure",
     "JobOptions",
+    "Match",
     "MeshError",
     "Model",
     "Models",

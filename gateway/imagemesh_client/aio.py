@@ -15,6 +15,7 @@ from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor, preprocess_request, preprocessed, preprocessors
 from imagemesh_client.requests import GenerateOptions, generate_request
+from imagemesh_client.search import AsyncIndexes
 from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
 from imagemesh_runtime.client import Peer
@@ -44,6 +45,8 @@ class AsyncClient:
         self._closed = False
         # Generations that the gateway keeps.
         self.jobs = AsyncJobs(lambda: self._connect()[0], timeout)
+        # Pictures by their likeness.
+        self.indexes = AsyncIndexes(lambda: self._connect()[0])
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ from imagemesh_client.loop_thread import LoopThread
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync_jobs import Jobs
+from imagemesh_client.sync_search import Indexes
 from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
 from imagemesh_client.vision import EmbedOptions, PoolingName
 from imagemesh_runtime.errors import MeshError
@@ -30,6 +31,7 @@ class Client:
         self._async = AsyncClient(address, timeout=timeout, max_message_bytes=max_message_bytes)
         self._thread = LoopThread(self._async)
         self.jobs = Jobs(self._async.jobs, self._thread)
+        self.indexes = Indexes(self._async.indexes, self._thread)
         # Also at interpreter exit, since a forgotten client must not die in the middle of its loop.
         self._close = weakref.finalize(self, self._thread.stop)
 

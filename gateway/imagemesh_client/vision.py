@@ -1,7 +1,7 @@
 """From arguments to requests, for what understands pictures."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal, SupportsIndex, TypedDict, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
@@ -14,7 +14,7 @@ from imagemesh_runtime.errors import InvalidArgument
 MAX_IMAGES: Final = 64
 
 PoolingName = Literal["auto", "cls", "mean"]
-_POOLINGS = {
+POOLINGS: Final[Mapping[PoolingName, vit_service_pb2.Pooling.ValueType]] = {
     "auto": vit_service_pb2.POOLING_UNSPECIFIED,
     "cls": vit_service_pb2.POOLING_CLS,
     "mean": vit_service_pb2.POOLING_MEAN,
@@ -46,7 +46,7 @@ def classify_request(
 ) -> pb.ClassifyRequest:
     """The request for ``classify``; reads files."""
     return pb.ClassifyRequest(
-        images=_pictures(images),
+        images=pictures(images),
         top_k=whole("top_k", top_k, UINT32, least=1),
         threshold=number("threshold", threshold),
         size=whole_or_absent("size", size),
@@ -59,13 +59,13 @@ def embed_request(
 ) -> pb.EmbedRequest:
     """The request for ``embed``; reads files."""
     dtype, layers = options.get("dtype", "float32"), options.get("layers", ())
-    if pooling not in _POOLINGS:
-        raise InvalidArgument("pooling", pooling, ", ".join(_POOLINGS))
+    if pooling not in POOLINGS:
+        raise InvalidArgument("pooling", pooling, ", ".join(POOLINGS))
     if dtype not in _DTYPES:
         raise InvalidArgument("dtype", dtype, ", ".join(_DTYPES))
     return pb.EmbedRequest(
-        images=_pictures(images),
-        pooling=_POOLINGS[pooling],
+        images=pictures(images),
+        pooling=POOLINGS[pooling],
         normalize=bool(normalize),
         model=text("model", options.get("model", "")),
         dtype=_DTYPES[dtype],
@@ -76,12 +76,13 @@ def embed_request(
     )
 
 
-def _pictures(images: ImageInput | Iterable[ImageInput]) -> list[image_pb2.Image]:
-    pictures = as_list(images)
-    if len(pictures) > MAX_IMAGES:
+def pictures(images: ImageInput | Iterable[ImageInput]) -> list[image_pb2.Image]:
+    """The pictures of one call; reads files."""
+    found = as_list(images)
+    if len(found) > MAX_IMAGES:
         allowed = f"1 to {MAX_IMAGES} pictures; classify_stream and embed_stream take any number"
-        raise InvalidArgument("images", f"{len(pictures)} pictures", allowed)
-    return [image_to_proto(image, f"images[{i}]") for i, image in enumerate(pictures)]
+        raise InvalidArgument("images", f"{len(found)} pictures", allowed)
+    return [image_to_proto(image, f"images[{i}]") for i, image in enumerate(found)]
 
 
 def _layer(i: int, layer: SupportsIndex | str) -> int:

@@ -17,6 +17,7 @@ from imagemesh_gateway.http_jobs import JOB_LIST_ALLOWED, JOBS_PATH, add_jobs
 from imagemesh_gateway.http_media import JSON, PNG, generation_answer, negotiated, require_json
 from imagemesh_gateway.http_openai import add_openai
 from imagemesh_gateway.http_preprocess import PATH, PREPROCESS_ALLOWED, add_preprocessors
+from imagemesh_gateway.http_search import INDEX_PATH, SEARCH_ALLOWED, SEARCH_PATH, add_search
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.pipeline import generate
@@ -24,6 +25,7 @@ from imagemesh_gateway.plan import make_plan
 from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.readiness import Readiness
 from imagemesh_gateway.sdapi.routes import add_sdapi
+from imagemesh_gateway.search import SearchForwarder
 from imagemesh_runtime.metrics import Metrics
 
 
@@ -53,10 +55,12 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
         return generation_answer(await _generate(mesh, metrics, body.to_proto()), media)
 
     add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
+    add_search(app, SearchForwarder(mesh, metrics))
     add_jobs(app, jobs)
     add_openai(app, mesh, jobs)
     add_sdapi(app, mesh, jobs)
     by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
+    by_path |= {INDEX_PATH: SEARCH_ALLOWED, SEARCH_PATH: SEARCH_ALLOWED}
     add_error_handlers(app, ALLOWED, by_path)
     return app
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
-from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc
+from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc, search_service_pb2_grpc
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import WS_MESSAGE_BYTES, Guard, HttpLimits
@@ -16,6 +16,7 @@ from imagemesh_gateway.jobs.servicer import JobServicer
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.oip import oip_models
 from imagemesh_gateway.preprocess import PreprocessServicer
+from imagemesh_gateway.search import SearchForwarder
 from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
@@ -35,6 +36,11 @@ class GatewayServer(MeshServer):
             preprocess_service_pb2_grpc.add_PreprocessServiceServicer_to_server,
             PreprocessServicer(mesh.preprocessors, metrics),
             "imagemesh.v1.PreprocessService",
+        )
+        self.add(
+            search_service_pb2_grpc.add_SearchServiceServicer_to_server,
+            SearchForwarder(mesh, metrics),
+            "imagemesh.v1.SearchService",
         )
         self._jobs = Jobs(config, mesh, metrics)
         self.add(

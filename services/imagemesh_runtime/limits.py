@@ -25,6 +25,10 @@ MAX_REFERENCES: Final = 8  # pictures that IP-Adapters are told of
 MAX_PROPORTION: Final = 16
 MAX_HIRES_SCALE: Final = 8.0
 MAX_BLOCK_WEIGHTS: Final = 64
+MAX_ID_CHARACTERS: Final = 512  # of a picture in an index
+MAX_MATCHES: Final = 1000  # of a picture that is searched for
+MAX_PAIRS: Final = 10_000  # near-duplicates of an answer
+MAX_REMOVED: Final = 1000  # pictures that a call takes out of an index
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

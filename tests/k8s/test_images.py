@@ -50,7 +50,7 @@ def test_it_runs_as_nobody_who_is_anybody() -> None:
     assert min(map(int, user)) >= 10000
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("gateway", ["gateway"]), ("worker", ["torch"])])
+@pytest.mark.parametrize(("lock", "extras"), [("gateway", ["gateway"]), ("worker", ["torch", "search"])])
 def test_the_locks_hold_what_the_project_wants(lock: str, extras: list[str]) -> None:
     locked = pins(lock) | (pins("torch-cuda") if lock == "worker" else {})
     versions = {name.lower().replace("_", "-"): version for name, version in locked.items()}

@@ -14,7 +14,9 @@ import imagemesh_client
 from imagemesh_cli.rooms import SERVICES
 from imagemesh_client import AsyncClient, Client
 from imagemesh_client.aio_jobs import AsyncJobs
+from imagemesh_client.search import AsyncIndexes
 from imagemesh_client.sync_jobs import Jobs
+from imagemesh_client.sync_search import Indexes
 from tests.support import sizes
 from tests.support.sizes import ROOT
 
@@ -136,3 +138,8 @@ def test_both_clients_have_the_same_methods():
 def test_the_jobs_of_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Jobs, AsyncJobs))
     assert sync == aio == {"cancel", "create", "get", "list", "wait", "watch"}
+
+
+def test_the_indexes_of_both_clients_have_the_same_methods():
+    sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Indexes, AsyncIndexes))
+    assert sync == aio == {"add", "delete", "duplicates", "list", "remove", "search"}

@@ -17,3 +17,10 @@ class VitConfig(ModelServerConfig):
     max_decoding: int = 2
     # Load weights also from PyTorch pickles, with torch's weights-only loader.
     unsafe_pickles: bool = False
+    # Where search keeps its indexes; empty: in a folder of the user's state.
+    index_root: str = ""
+    # A name in search's STORES, or "auto": the first one whose library is here.
+    index_store: str = "auto"
+    max_indexes: int = 64
+    # Pictures of one index: as float32 of width 768 a million take 3 GB of memory, and as much of the disk.
+    max_index_entries: int = 1_000_000

@@ -3,6 +3,7 @@
 import logging
 
 from imagemesh.v1 import reference_service_pb2_grpc as reference_rpc
+from imagemesh.v1 import search_service_pb2_grpc as search_rpc
 from imagemesh.v1 import vit_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.lanes import Lane
@@ -16,6 +17,7 @@ from imagemesh_services.vit.backend import VitModel
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.references import backend as references
 from imagemesh_services.vit.references.servicer import ReferenceServicer
+from imagemesh_services.vit.search.servicer import SearchServicer
 from imagemesh_services.vit.servicer import VitServicer
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     )
     seconds = config.request_timeout_seconds
     server.add(add_inference, InferenceServicer(config.SERVICE, faces, lambda: server.ready, seconds), FULL_NAME)
+    search = SearchServicer(config, models.backend.cards, lambda request: servicer.EmbedImages(request, None))
+    server.add(search_rpc.add_SearchServiceServicer_to_server, search, "imagemesh.v1.SearchService")
+    server.on_stop(search.close)
     server.on_stop(servicer.close)
     _add_references(server, config, lane, metrics)
     return server

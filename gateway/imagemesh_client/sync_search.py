@@ -1,0 +1,55 @@
+"""Indexes, for callers without an event loop."""
+
+from collections.abc import Iterable
+
+from imagemesh_client.images import ImageInput
+from imagemesh_client.loop_thread import LoopThread
+from imagemesh_client.search import AsyncIndexes, Duplicate, Index, Match
+from imagemesh_client.vision import PoolingName
+
+
+class Indexes:
+    """Pictures by their likeness; methods, errors and options are those of ``AsyncIndexes``."""
+
+    def __init__(self, indexes: AsyncIndexes, thread: LoopThread) -> None:
+        self._async = indexes
+        self._thread = thread
+
+    def add(
+        self,
+        index: str,
+        images: ImageInput | Iterable[ImageInput],
+        ids: str | Iterable[str],
+        *,
+        model: str = "",
+        pooling: PoolingName = "auto",
+    ) -> Index:
+        """Put pictures into an index, an id each, and make it if it isn't there. Once this returns they are kept."""
+        return self._thread.run(self._async.add(index, images, ids, model=model, pooling=pooling))
+
+    def search(
+        self,
+        index: str,
+        images: ImageInput | Iterable[ImageInput],
+        top_k: int = 10,
+        *,
+        min_similarity: float | None = None,
+    ) -> list[list[Match]]:
+        """Find for each picture the ``top_k`` of the index that are most like it, the likest first."""
+        return self._thread.run(self._async.search(index, images, top_k, min_similarity=min_similarity))
+
+    def duplicates(self, index: str, min_similarity: float = 0.95, limit: int = 1000) -> list[Duplicate]:
+        """Find at most ``limit`` pairs of the index's pictures that are at least so alike, the likest first."""
+        return self._thread.run(self._async.duplicates(index, min_similarity, limit))
+
+    def list(self) -> list[Index]:
+        """All indexes, by name."""
+        return self._thread.run(self._async.list())
+
+    def remove(self, index: str, ids: str | Iterable[str]) -> int:
+        """Take pictures out; how many there were."""
+        return self._thread.run(self._async.remove(index, ids))
+
+    def delete(self, index: str) -> None:
+        """Delete an index with all that is in it."""
+        self._thread.run(self._async.delete(index))

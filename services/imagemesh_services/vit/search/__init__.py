@@ -1,0 +1,1 @@
+"""Search: vectors of pictures, kept and found."""

@@ -1,0 +1,1 @@
+"""What keeps vectors: a module each."""

@@ -1,0 +1,197 @@
+"""faiss in this process, over files of a folder; docs/decisions/search-index.md says why it looks at every vector."""
+
+import fcntl
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import faiss
+import numpy as np
+
+from imagemesh_runtime.errors import FailedPrecondition, NotFound
+from imagemesh_runtime.tensors import Array
+from imagemesh_services.vit.backend import Pooling
+from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.search import segments
+from imagemesh_services.vit.search.folder import index_root
+from imagemesh_services.vit.search.segments import Manifest, Segment
+from imagemesh_services.vit.search.store import Hit, IndexSpec, Pair
+
+log = logging.getLogger(__name__)
+
+_BLOCK: Final = 256  # vectors whose pairs are looked for at a time
+_TRIES: Final = 5
+
+
+@dataclass
+class _Open:
+    """An index in memory; ``keys`` are faiss' numbers of the ids, which are never given twice."""
+
+    signature: tuple[int, int, int]
+    manifest: Manifest
+    vectors: Any
+    keys: dict[str, int]
+    ids: dict[int, str]
+    next_key: int = 0
+
+    def apply(self, change: Segment) -> None:
+        """Take a change over, as the files have it."""
+        old = [self.keys.pop(one) for one in (*change.gone, *change.ids) if one in self.keys]
+        if old:
+            self.vectors.remove_ids(np.array(old, np.int64))
+            for key in old:
+                del self.ids[key]
+        new = np.arange(self.next_key, self.next_key + len(change.ids))
+        self.next_key += len(change.ids)
+        self.keys.update(zip(change.ids, new.tolist(), strict=True))
+        self.ids.update(zip(new.tolist(), change.ids, strict=True))
+        if change.ids:
+            self.vectors.add_with_ids(np.ascontiguousarray(change.vectors, np.float32), new)
+
+
+class EmbeddedStore:
+    """A folder an index below ``index_root``, which several processes may share: writers take turns, readers notice."""
+
+    name = "faiss"
+
+    def __init__(self, config: VitConfig) -> None:
+        self._root = index_root(config)
+        self._max_indexes, self._max_entries = config.max_indexes, config.max_index_entries
+        self._open: dict[str, _Open] = {}
+        self._root.mkdir(parents=True, exist_ok=True)
+
+    def specs(self) -> Mapping[str, IndexSpec]:
+        found: dict[str, IndexSpec] = {}
+        for folder in sorted(self._root.iterdir()):
+            if folder.is_dir() and not folder.name.startswith("."):
+                try:
+                    found[folder.name] = _spec(folder.name, segments.read_manifest(folder))
+                except FileNotFoundError:
+                    continue
+                except (ValueError, KeyError, TypeError) as error:
+                    log.warning("index %s is left out: %s", folder.name, error)
+        return found
+
+    def count(self, name: str) -> int:
+        return len(self._current(name).keys)
+
+    def put(self, spec: IndexSpec, ids: Sequence[str], vectors: Array) -> int:
+        with self._writing():
+            if segments.signature(self._root / spec.name) is None:
+                if len(self.specs()) >= self._max_indexes:
+                    raise FailedPrecondition(
+                        f"there are {self._max_indexes} indexes already, as many as max_indexes says"
+                    )
+                fields = {"model": spec.model, "pooling": spec.pooling and spec.pooling.value, "width": spec.width}
+                manifest, known = Manifest(fields), {}
+            else:
+                index = self._current(spec.name)
+                manifest, known = index.manifest, index.keys
+                if _spec(spec.name, manifest) != spec:
+                    raise FailedPrecondition(f"index {spec.name} was made anew with another model; try again")
+            replaced = sum(one in known for one in ids)
+            if len(known) - replaced + len(ids) > self._max_entries:
+                raise FailedPrecondition(
+                    f"index {spec.name} holds {len(known)} pictures, and max_index_entries is {self._max_entries}"
+                )
+            self._change(spec.name, manifest, Segment(ids, vectors))
+        return replaced
+
+    def remove(self, name: str, ids: Sequence[str]) -> int:
+        with self._writing():
+            index = self._current(name)
+            there = [one for one in dict.fromkeys(ids) if one in index.keys]
+            if there:
+                none = np.zeros((0, index.vectors.d), np.float32)
+                self._change(name, index.manifest, Segment([], none, there))
+        return len(there)
+
+    def search(self, name: str, vectors: Array, k: int) -> list[list[Hit]]:
+        index = self._current(name)
+        k = min(k, len(index.keys))
+        if k == 0:
+            return [[] for _ in vectors]
+        similarities, keys = index.vectors.search(np.ascontiguousarray(vectors, np.float32), k)
+        return [
+            [Hit(index.ids[key], _cosine(value)) for key, value in zip(*row, strict=True)]
+            for row in zip(keys.tolist(), similarities.tolist(), strict=True)
+        ]
+
+    def similar_pairs(self, name: str, least: float) -> Iterator[list[Pair]]:
+        every = list(self._current(name).keys)
+        for start in range(0, len(every), _BLOCK):
+            index = self._current(name)
+            block = [index.keys[one] for one in every[start : start + _BLOCK] if one in index.keys]
+            yield _pairs(index, np.array(block, np.int64), least) if block else []
+
+    def delete(self, name: str) -> None:
+        with self._writing():
+            self._current(name)
+            segments.drop(self._root / name)
+            del self._open[name]
+
+    def _change(self, name: str, manifest: Manifest, change: Segment) -> None:
+        folder = self._root / name
+        changed = segments.append(folder, manifest, change)
+        seen = segments.signature(folder)
+        assert seen is not None
+        if name not in self._open:
+            self._open[name] = _empty(seen, changed)
+        self._open[name].apply(change)
+        self._open[name].manifest, self._open[name].signature = changed, seen
+
+    def _current(self, name: str) -> _Open:
+        """The index as it is on the disk, read if this process has not seen it so yet."""
+        folder = self._root / name
+        for _ in range(_TRIES):
+            seen = segments.signature(folder)
+            if seen is None:
+                self._open.pop(name, None)
+                raise NotFound("index", name, self.specs())
+            if name not in self._open or self._open[name].signature != seen:
+                try:
+                    manifest = segments.read_manifest(folder)
+                    index = _empty(seen, manifest)
+                    for change in segments.read_segments(folder, manifest):
+                        index.apply(change)
+                except FileNotFoundError:  # merged or deleted by another process
+                    continue
+                self._open[name] = index
+            return self._open[name]
+        raise FailedPrecondition(f"index {name} refers to files that are not there")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One writer at a time, also among processes; the lock goes with a process that dies."""
+        with (self._root / ".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _empty(seen: tuple[int, int, int], manifest: Manifest) -> _Open:
+    return _Open(seen, manifest, faiss.IndexIDMap2(faiss.IndexFlatIP(manifest.spec["width"])), {}, {})
+
+
+def _spec(name: str, manifest: Manifest) -> IndexSpec:
+    told = manifest.spec
+    return IndexSpec(name, told["model"], Pooling(told["pooling"]) if told["pooling"] else None, told["width"])
+
+
+def _cosine(product: float) -> float:
+    """Rounding may put the product of unit vectors past the end."""
+    return min(max(product, -1.0), 1.0)
+
+
+def _pairs(index: _Open, block: Array, least: float) -> list[Pair]:
+    vectors = np.stack([index.vectors.reconstruct(key) for key in block.tolist()])
+    # faiss takes what is more than its radius, and rounding may be against a pair of equals.
+    limits, similarities, keys = index.vectors.range_search(vectors, least - 1e-6)
+    found = []
+    for i, own in enumerate(block.tolist()):
+        for at in range(limits[i], limits[i + 1]):
+            if int(keys[at]) > own:
+                first, second = sorted((index.ids[own], index.ids[int(keys[at])]))
+                found.append(Pair(first, second, _cosine(float(similarities[at]))))
+    return found
