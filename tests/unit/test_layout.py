@@ -65,7 +65,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "preprocess", "reference", "transport"}
+    names = {room.name for room in ROOMS} | {"gateway", "job", "model", "preprocess", "reference", "search", "transport"}
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 
 
@@ -115,8 +115,10 @@ def test_every_module_says_what_it_is_for():
 
 PUBLIC = [
     "AsyncClient", "Choice", "Classification", "Client", "Control", "ControlSavings", "DeadlineExceeded",
+    "Duplicate",
     "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
+    "Match",
     "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
     "PreprocessorParameter", "Progress", "Queued", "Reference", "RemoteError", "Result",
     "Sampling", "Timing", "Unavailable",
