@@ -108,16 +108,15 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     _check_texts(request)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
     steps, guidance = _steps_and_guidance(request, model)
-    width, height = _size(request, model)
-    seeds = _seeds(request, width, height)
+    seeds = _seeds(request, *(size := _size(request, model)))
     controls = await _controls(request, mesh)
     return Plan(
         id=secrets.token_hex(8),
         model=model.name,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        width=width,
-        height=height,
+        width=size[0],
+        height=size[1],
         steps=steps,
         guidance_scale=guidance,
         scheduler=request.scheduler,
@@ -133,7 +132,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         guider_options=dict(request.guider_options),
         priority=_priority(request),
         preview_every=_preview_every(request),
-        hires=hires_plan(request, width, height, steps, int(model.properties["multiple"])),
+        hires=hires_plan(request, *size, steps, int(model.properties["multiple"])),
         inpaints=model.properties.get("needs") == "mask",
         literal_prompt=request.literal_prompt,
         references=await reference_plans(request, mesh),
