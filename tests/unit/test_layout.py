@@ -116,11 +116,10 @@ def test_every_module_says_what_it_is_for():
 
 PUBLIC = [
     "AsyncClient", "Choice", "Classification", "Client", "Control", "ControlSavings", "DeadlineExceeded",
-    "Duplicate",
-    "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
-    "GeneratedImage", "Generation", "Hires", "ImageInput", "InvalidArgument", "Job", "JobFailure", "JobOptions",
-    "Match",
-    "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
+    "Duplicate", "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
+    "GeneratedImage", "Generation", "Hires", "ImageInput", "Index", "InvalidArgument", "Job",
+    "JobFailure", "JobOptions",
+    "Match", "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
     "PreprocessorParameter", "Progress", "Queued", "Reference", "RemoteError", "Result",
     "Sampling", "Timing", "Unavailable",
 ]  # fmt: skip
