@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagemesh.v1 import gateway_service_pb2
 from imagemesh_gateway.http_openai_body import _mask
 from imagemesh_gateway.sdapi import extras
+from imagemesh_gateway.sdapi.bodies import Img2ImgBody
 from imagemesh_gateway.sdapi.pictures import bounded, fitted, mask_of
+from imagemesh_gateway.sdapi.translate import _add_pictures
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.images import decode
 
 
 def png(picture: Image.Image, orientation: int = 1) -> bytes:
@@ -73,6 +77,13 @@ def test_a_picture_larger_than_any_drawn_is_made_smaller() -> None:
     assert bounded(Image.new("RGB", (65_000, 1))).size == (4096, 1)
     small = Image.new("RGB", (64, 64))
     assert bounded(small) is small
+
+
+def test_what_img2img_hands_on_is_no_larger_than_what_is_drawn() -> None:
+    large = base64.b64encode(png(Image.new("L", (8192, 16), 255))).decode()
+    request = gateway_service_pb2.GenerateRequest()
+    _add_pictures(request, Img2ImgBody(init_images=[large], mask=large))
+    assert decode(request.image, "image").shape == decode(request.mask, "mask").shape == (8, 4096, 3)
 
 
 @pytest.mark.parametrize("asked", [{"upscaler_1": "Nearest", "upscaling_resize": 8}, {"upscaling_resize": 0.5}])
