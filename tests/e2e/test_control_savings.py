@@ -1,7 +1,9 @@
 """What is saved on ControlNets: nothing unless asked for, just what is asked for, and it is named in the result."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,6 +16,10 @@ from PIL import Image
 from imagemesh_client import Client, Control, ControlSavings
 from imagemesh_runtime.errors import InvalidArgument, MeshError
 from imagemesh_runtime.savings import ROUNDINGS, restored, rounded
+from imagemesh_services.diffusion import control as control_module
+from imagemesh_services.diffusion import steer as steer_module
+from imagemesh_services.diffusion.backend import Residuals
+from imagemesh_services.diffusion.incoming import Incoming
 from tests.support.mesh import running_mesh
 from tests.support.reference import pipeline, worst
 from tests.support.steering import ask, moved, steered
@@ -145,6 +151,41 @@ async def test_rounded_residuals_are_a_quarter_of_the_bytes(models: Path, name: 
     exact, near = ([*one.down, one.mid] for one in answers)
     for a, b in zip(exact, near, strict=True):
         assert np.abs(a - b).max() <= np.abs(a).max() / (250 if name == "int8" else 25)
+
+
+async def test_what_came_is_counted_before_it_is_restored_and_that_not_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+    original = control_module.restored
+    monkeypatch.setattr(
+        control_module, "restored", lambda *given: threads.append(threading.current_thread()) or original(*given)
+    )
+    async with steered() as sampler, sampler.control(1.0, rounding="int8") as control:
+        found = await ask(control)
+        arrays = [*found.down, found.mid]
+        assert control.received == sum(one.size + 4 * one.shape[0] * one.shape[1] for one in arrays)
+    assert len(threads) == len(arrays)
+    assert threading.current_thread() not in threads
+
+
+async def test_what_is_kept_is_copied_and_that_not_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    original = steer_module._copied
+    monkeypatch.setattr(
+        steer_module, "_copied", lambda found: threads.append(threading.current_thread()) or original(found)
+    )
+    inputs = SimpleNamespace(savings=ControlSavings(2), conditions=lambda evaluation, evaluations: (-1,))
+    heard = steer_module._Listening(SimpleNamespace(inputs=inputs, started=SimpleNamespace(evaluations=4)))
+    came, incoming = np.ones((1, 4, 8, 8), np.float32), Incoming()
+    incoming.complete(Residuals([came], came))
+    await heard.keep(0, [0], incoming)
+    came[:] = 7  # the memory is used again
+    kept = heard.kept(1, [0])
+    assert kept.mid.max() == kept.down[0].max() == 1
+    assert heard.kept(2, [0]) is None
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
 
 
 async def test_a_rounding_that_is_not_there_is_refused(models: Path) -> None:

@@ -73,6 +73,11 @@ class Control:
         found = {place: one.backend for one in self._asked for place in one.places if one.backend}
         return [found[place] for place in sorted(found)]
 
+    @property
+    def received(self) -> int:
+        """Bytes of residuals that came so far, as they came."""
+        return sum(one.received for one in self._asked)
+
     def at_work(self, evaluation: int, evaluations: int) -> list[int]:
         """The places of the units that steer that evaluation of so many, counted as diffusers' pipelines do."""
 
@@ -123,6 +128,7 @@ class _Asked:
     ) -> None:
         self.places = share.places
         self.backend = ""
+        self.received = 0
         self._units = [units[place] for place in share.places]
         self._peers = list(share.peers)
         self._nets = nets
@@ -175,11 +181,11 @@ class _Asked:
                 raise InvalidArgument("down_residuals", f"over {_MAX_RESIDUALS}", f"at most {_MAX_RESIDUALS}")
             for i, one in enumerate(told.down_residuals):
                 scales = told.down_scales[i] if i < len(told.down_scales) else None
-                down.append(self._read(answer, f"down_residuals[{at + i}]", one, scales))
+                down.append(await self._read(answer, f"down_residuals[{at + i}]", one, scales))
             self.backend = told.backend
             if told.HasField("mid_residual"):
                 scales = told.mid_scales if told.HasField("mid_scales") else None
-                found = Residuals(down, self._read(answer, "mid_residual", told.mid_residual, scales))
+                found = Residuals(down, await self._read(answer, "mid_residual", told.mid_residual, scales))
                 first()
                 return found
             if len(down) == at and (at or heard):
@@ -187,15 +193,20 @@ class _Asked:
             heard = True
             first()
 
-    def _read(self, answer: Answer, field: str, residual: Tensor, scales: Tensor | None) -> Array:
+    async def _read(self, answer: Answer, field: str, residual: Tensor, scales: Tensor | None) -> Array:
         if not self._rounding:
-            return answer.array(residual, field, dtypes=FLOATS)
+            whole = answer.array(residual, field, dtypes=FLOATS)
+            self.received += whole.nbytes
+            return whole
         dtype = ROUNDINGS[self._rounding][0].name
         values = answer.array(residual, field, dtypes=[dtype], shape=(None, None, None, None))
         if scales is None:
             raise InvalidArgument(f"{field}'s scales", "nothing", "a tensor: it is rounded")
         path = f"scales of {field}"
-        return restored(values, answer.array(scales, path, dtypes=["float32"], shape=values.shape[:2]))
+        factors = answer.array(scales, path, dtypes=["float32"], shape=values.shape[:2])
+        self.received += values.nbytes + factors.nbytes
+        # Not on the event loop: they may be millions. The arrays keep the memory that they came in.
+        return await asyncio.to_thread(restored, values, factors)
 
     def _step(self, question: Question) -> Parcel[pb.ControlRequest]:
         parcel = Parcel[pb.ControlRequest]()

@@ -1,5 +1,6 @@
 """A generation's conversation with its ControlNets: asked before each evaluation, heard while it is under way."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -46,9 +47,10 @@ async def steer(generation: Generation, lane: Lane, metrics: Metrics, wake: Call
             told = await lane.run(Told.of, run, told)
             sample, timestep = await lane.run(run.model_input)
             question = Question(heard.rows(sample), timestep, heard.told(told), places)
+            before = control.received
             await control.residuals(question, incoming, begun)
-            heard.keep(evaluation, places, incoming)
-            metrics.control_bytes.inc(sum(one.nbytes for one in (*incoming.down, incoming.mid)))
+            metrics.control_bytes.inc(control.received - before)
+            await heard.keep(evaluation, places, incoming)
             generation.control_backends = control.backends
             wake()
 
@@ -92,11 +94,15 @@ class _Listening:
         serves = evaluation < asked_at + self._savings.reuse_steps and asked_for == self._asked(evaluation, places)
         return residuals if serves else None
 
-    def keep(self, evaluation: int, places: Sequence[int], found: Incoming) -> None:
+    async def keep(self, evaluation: int, places: Sequence[int], found: Incoming) -> None:
         """For the evaluations to come; copied, since the memory that they came in is wanted for other messages."""
         if self._savings.reuse_steps > 1:
-            copied = Residuals([one.copy() for one in found.down], found.mid.copy())
+            copied = await asyncio.to_thread(_copied, Residuals(found.down, found.mid))
             self._kept = (evaluation, self._asked(evaluation, places), copied)
 
     def _asked(self, evaluation: int, places: Sequence[int]) -> object:
         return tuple(places), self._inputs.conditions(evaluation, self._run.evaluations)
+
+
+def _copied(found: Residuals) -> Residuals:
+    return Residuals([one.copy() for one in found.down], found.mid.copy())
