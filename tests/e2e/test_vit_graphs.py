@@ -15,9 +15,9 @@ from imagemesh.v1 import vit_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.vit.backend import BACKENDS
-from imagemesh_services.vit.backends.onnxruntime import OnnxVit
 from imagemesh_services.vit.backends.openvino.export import export_openvino
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.graph import GraphVitModel
 from imagemesh_services.vit.service import create
 from tests.support import foreign_weights as foreign
 from tests.support.backends import open_backend
@@ -145,17 +145,19 @@ def test_a_torn_graph_is_named(folder, backend):
         open_backend(BACKENDS, backend, VitConfig, folder.parent).load("vit")
 
 
-def test_a_graph_of_one_picture_at_a_time_takes_any_number(folder):
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_graph_of_so_many_pictures_at_a_time_takes_any_number(folder, backend, rows):
     """As many exporters write them."""
+
+    def load() -> GraphVitModel:
+        return open_backend(BACKENDS, backend, VitConfig, folder.parent).load("vit")
+
     pixels = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
-    wanted = _onnx(folder).load("vit").classify(pixels)
+    wanted = load().classify(pixels)
     graph = onnx.load(folder / "model.onnx")
-    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = rows
     for output in graph.graph.output:
-        output.type.tensor_type.shape.dim[0].dim_value = 1
+        output.type.tensor_type.shape.dim[0].dim_value = rows
     onnx.save(graph, folder / "model.onnx")
-    np.testing.assert_allclose(_onnx(folder).load("vit").classify(pixels), wanted, atol=1e-5)
-
-
-def _onnx(folder: Path) -> OnnxVit:
-    return OnnxVit(VitConfig(models=str(folder.parent), device="cpu", threads=2))
+    np.testing.assert_allclose(load().classify(pixels), wanted, atol=1e-5)

@@ -24,6 +24,16 @@ STATE: Final = "hidden_states."  # with a number: [n, tokens, width] or [n, widt
 Graph = Callable[[Array], Mapping[str, Array]]
 
 
+def in_batches(run: Graph, pixels: Array, rows: int) -> Mapping[str, Array]:
+    """``run``'s outputs for the pictures, where it takes ``rows`` of them at a time and no other number; 0: any."""
+    if not rows:
+        return run(pixels)
+    missing = -len(pixels) % rows
+    padded = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), pixels.dtype)])
+    parts = [run(part) for part in np.split(padded, len(padded) // rows)]
+    return {name: np.concatenate([part[name] for part in parts])[: len(pixels)] for name in parts[0]}
+
+
 class GraphVitModel:
     """A graph with its folder's image processor and labels; takes pictures of the trained size.
 

@@ -14,7 +14,7 @@ from imagemesh_runtime.registry import ModelCard, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
 from imagemesh_services.vit.config import VitConfig
-from imagemesh_services.vit.graph import GraphVitModel, graph_card
+from imagemesh_services.vit.graph import GraphVitModel, graph_card, in_batches
 from imagemesh_services.vit.processors import load_processor
 from imagemesh_services.vit.weights import find_weights
 
@@ -67,12 +67,7 @@ class OnnxGraph:
 
     def __call__(self, pixels: Array) -> Mapping[str, Array]:
         pixels = pixels.astype(np.float16) if self._half else pixels
-        if not self._rows:
-            return self._run(pixels)
-        missing = -len(pixels) % self._rows
-        padded = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), pixels.dtype)])
-        parts = [self._run(part) for part in np.split(padded, len(padded) // self._rows)]
-        return {name: np.concatenate([part[name] for part in parts])[: len(pixels)] for name in self.outputs}
+        return in_batches(self._run, pixels, self._rows)
 
     def _run(self, pixels: Array) -> dict[str, Any]:
         found = self._session.run(None, {self._input: pixels})

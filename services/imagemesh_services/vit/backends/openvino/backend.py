@@ -14,7 +14,7 @@ from imagemesh_runtime.registry import ModelCard, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
 from imagemesh_services.vit.config import VitConfig
-from imagemesh_services.vit.graph import GraphVitModel, graph_card, known_name
+from imagemesh_services.vit.graph import GraphVitModel, graph_card, in_batches, known_name
 from imagemesh_services.vit.processors import load_processor
 from imagemesh_services.vit.weights import find_weights
 
@@ -60,9 +60,14 @@ class OpenVinoGraph:
         if device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = threads
         self._compiled = core.compile_model(core.read_model(path), device, settings)
+        count = self._compiled.inputs[0].get_partial_shape()[0]
+        self._rows = count.get_length() if count.is_static else 0  # 0: any number
         self.outputs = [known_name(output.get_names()) for output in self._compiled.outputs]
 
     def __call__(self, pixels: Array) -> Mapping[str, Array]:
+        return in_batches(self._run, pixels, self._rows)
+
+    def _run(self, pixels: Array) -> Mapping[str, Array]:
         found = self._compiled([pixels])
         # Its arrays are views into the request's memory, which the next call writes anew.
         return {name: np.array(found[i], np.float32) for i, name in enumerate(self.outputs)}
