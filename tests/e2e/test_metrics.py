@@ -106,8 +106,8 @@ def test_the_controlnet_counts_its_session(grew: Growth) -> None:
     assert grew("controlnet", "grpc_server_started_total", **control) == 1
     assert grew("controlnet", "grpc_server_handled_total", **control, grpc_code="OK") == 1
     assert grew("controlnet", "grpc_server_msg_received_total", **control) == 1 + 5
-    # A message a block: the picture's, two down blocks', the middle one's.
-    assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5 * 4
+    # That it is at work, then a message a block: the picture's, two down blocks', the middle one's.
+    assert grew("controlnet", "grpc_server_msg_sent_total", **control) == 5 * (1 + 4)
     for histogram in ("step_seconds", "queue_wait_seconds", "batch_size"):
         assert grew("controlnet", f"imagemesh_{histogram}_count", service="controlnet") == 5
     # Rows of a batch: two pictures, each with guidance.
