@@ -1,7 +1,8 @@
 """Replay arrivals against the autoscaler's formulas: ``make simulate``, or ``python -m deploy.simulate --help``.
 
-Prints how many replicas there would be, what callers would wait and what it would cost, a line for each target, and
-draws one of them over time. How long a generation takes is measured where a mesh runs (``--metrics``), or told.
+Prints how many replicas there would be, what callers would wait and what it would cost, a line for each target, the
+mean over some traces, and draws the first trace at one target over time. How long a generation takes is measured where
+a mesh runs (``--metrics``), or told.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--trace", type=Path, help="a file with the second of each arrival on a line; else a made-up rush"
     )
+    parser.add_argument("--traces", type=int, choices=range(1, 101), default=6, metavar="N", help="made-up rushes")
     parser.add_argument("--metrics", help="the diffusion service's /metrics, to take a generation's seconds from")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a generation, where no --metrics are given")
     parser.add_argument("--start", type=float, default=60.0, help="seconds until a new replica takes work")
@@ -36,22 +39,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/simulate.svg"))
     options = parser.parse_args()
     work = measured(options.metrics) if options.metrics else options.seconds
-    arrivals = read(options.trace) if options.trace else rush(work)
-    print(f"{len(arrivals)} generations of {work:.1f} s; a new replica takes work after {options.start:.0f} s")
+    traces = [read(options.trace)] if options.trace else [rush(work, seed) for seed in range(options.traces)]
+    come = sum(map(len, traces)) / len(traces)
+    print(f"{come:.0f} generations of {work:.1f} s; a new replica takes work after {options.start:.0f} s")
     print("target s   replicas   median s   95% s   worst s   replica hours   cost")
     for target in sorted({*options.targets, options.draw}):
-        run = simulate(arrivals, work, options.start, Policy(target, most=options.most))
-        most = max(moment.replicas for moment in run.moments)
-        times = [run.quantile(q) for q in (0.5, 0.95, 1)]
-        hours = run.replica_hours
-        print(
-            f"{target:8.0f} {most:10d} {times[0]:10.0f} {times[1]:7.0f} {times[2]:9.0f}"
-            f" {hours:15.2f} {hours * options.cost:6.2f}"
-        )
+        runs = [simulate(trace, work, options.start, Policy(target, most=options.most)) for trace in traces]
+        print(f"{target:8.0f} {_line(runs, options.cost)}")
         if target == options.draw:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(picture(run, arrivals, target))
+            options.out.write_text(picture(runs[0], traces[0], target))
     print(f"drawn: {options.out}")
+
+
+def _line(runs: Sequence[Run], cost: float) -> str:
+    """The means over all traces; of the replicas the most there ever were."""
+    most = max(moment.replicas for run in runs for moment in run.moments)
+    times = [fmean(run.quantile(q) for run in runs) for q in (0.5, 0.95, 1)]
+    hours = fmean(run.replica_hours for run in runs)
+    return f"{most:10d} {times[0]:10.0f} {times[1]:7.0f} {times[2]:9.0f} {hours:15.2f} {hours * cost:6.2f}"
 
 
 def measured(address: str) -> float:
