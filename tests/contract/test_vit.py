@@ -8,6 +8,7 @@ import pytest
 
 from imagemesh_services.vit.backend import BACKENDS, Pooling, VitModel, Wanted
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.graph import GraphVitModel
 from tests.support.backends import load_first
 from tests.support.graphs import build_graph
 
@@ -123,7 +124,9 @@ def test_layers_come_in_the_order_asked_for(model, pixels):
 def test_attention_is_a_share_of_each_patch_and_changes_nothing(model, pixels):
     plain = model.embed(pixels, Wanted())
     assert plain.attention is None
-    if not model.rollout:  # it says so, and the service refuses whoever asks
+    if not model.rollout:  # the service refuses whoever asks
+        assert isinstance(model, GraphVitModel), "only a graph may have none"
+        assert model.embed(pixels, Wanted(attention=True)).attention is None
         return
     shown = model.embed(pixels, Wanted(attention=True))
     np.testing.assert_allclose(shown.vectors, plain.vectors, atol=1e-5)
