@@ -34,7 +34,8 @@ run: install ## run the whole mesh in one process (imagemesh up)
 	$(BIN)/imagemesh up
 
 test: dev ## all tests, two files at a time
-	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/full -n $(TESTS_AT_ONCE) --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/full -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder \
+	  --max-worker-restart 2 --durations 30
 
 test-full: test ## all tests, then the long campaigns (25 minutes more), with a report in docs/reports/
 	$(BIN)/python -m tests.full
