@@ -24,6 +24,7 @@ class Control:
     """Says that it has begun, and is done when it is let go."""
 
     backends = ("fake",)
+    received = 0  # bytes
 
     def __init__(self) -> None:
         self.asked = 0
@@ -75,6 +76,14 @@ async def finish(engine: Engine, model: FakeDiffusionModel, control: Control | N
     return last
 
 
+async def begins(model: Counting, making: "asyncio.Task[Finished]") -> None:
+    """Wait for the first forward, which begins without residuals."""
+    async with asyncio.timeout(30):
+        while not model.batches:
+            assert not making.done(), making.exception()
+            await asyncio.sleep(0)
+
+
 def stalls(engine: Engine, where: str) -> Any:
     labels = {"service": "diffusion", "where": where}
     return engine._metrics.registry.get_sample_value("imagemesh_control_stall_seconds_count", labels)
@@ -83,8 +92,7 @@ def stalls(engine: Engine, where: str) -> Any:
 async def test_residuals_in_time_are_waited_for_within_the_forward(lane: Lane) -> None:
     engine, model, control = engine_of(lane, 60), Counting(), Control()
     making = asyncio.create_task(finish(engine, model, control))
-    while not model.batches:  # the forward has begun, without residuals
-        await asyncio.sleep(0)
+    await begins(model, making)
     control.go.set()
     made = await asyncio.wait_for(making, 30)
     np.testing.assert_allclose(made.latents, 1.5, atol=1e-6)
@@ -112,8 +120,7 @@ async def test_a_late_row_is_done_again_when_its_residuals_are_there(lane: Lane)
 async def test_a_late_row_holds_nobody_back(lane: Lane) -> None:
     engine, model, control = engine_of(lane, 0), Counting(), Control()
     late = asyncio.create_task(finish(engine, model, control))
-    while not model.batches:
-        await asyncio.sleep(0)
+    await begins(model, late)
     quick = await asyncio.wait_for(finish(engine, model), 30)
     np.testing.assert_allclose(quick.latents, 1.0, atol=1e-6)
     assert not late.done()
@@ -125,8 +132,7 @@ async def test_a_late_row_holds_nobody_back(lane: Lane) -> None:
 async def test_a_caller_who_goes_while_its_residuals_are_waited_for_frees_the_lane(lane: Lane) -> None:
     engine, model, control = engine_of(lane, 60), Counting(), Control()
     making = asyncio.create_task(finish(engine, model, control))
-    while not model.batches:
-        await asyncio.sleep(0)
+    await begins(model, making)
     making.cancel()
     with pytest.raises(asyncio.CancelledError):
         await making
