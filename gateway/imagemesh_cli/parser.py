@@ -223,7 +223,13 @@ def _embed(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--normalize", action="store_true", help="divide each vector by its length")
     parser.add_argument("--model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
-    parser.add_argument("-o", "--output", type=file_to_write, metavar="FILE.npy", help="write the vectors for numpy")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=file_to_write,
+        metavar="FILE.npy",
+        help="write the vectors for numpy; int8 ones with their scales, as an .npz archive",
+    )
     _client(parser)
 
 

@@ -56,13 +56,23 @@ def embed(args: Namespace) -> int:
 
         answers = _see(call, args.files, "embedding")
     if args.output is not None:
-        with args.output.open("wb") as file:  # numpy would give a name of another suffix another one
-            np.save(file, np.concatenate([answer.vectors for answer in answers]))
+        _write(args.output, answers)
     if args.attention is not None:
         for path, answer in zip(numbered(args.attention, len(answers)), answers, strict=True):
             path.write_bytes(answer.attention_maps[0])
     _tell_embeddings(list(zip(map(str, args.files), answers, strict=True)), args.json)
     return 0
+
+
+def _write(path: Path, answers: Sequence[Embeddings]) -> None:
+    """The vectors as an array of numpy; int8 ones go into an archive with their scales."""
+    vectors = np.concatenate([answer.vectors for answer in answers])
+    scales = [answer.scales for answer in answers if answer.scales is not None]
+    with path.open("wb") as file:  # numpy would give a name of another suffix another one
+        if scales:
+            np.savez(file, vectors=vectors, scales=np.concatenate(scales))
+        else:
+            np.save(file, vectors)
 
 
 def _tell_embeddings(pairs: Sequence[tuple[str, Embeddings]], as_json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imagemesh.v1 import diffusion_service_pb2, model_service_pb2, vit_service_pb2
+from imagemesh.v1 import diffusion_service_pb2, model_service_pb2, tensor_pb2, vit_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_runtime.config import ServerConfig
@@ -83,7 +83,11 @@ class RecordingGateway(rpc.GatewayServiceServicer):
         if self.hold:
             await self._hold()
         rows = np.array([[i, i + 0.5] for i in range(first, first + len(request.images))], dtype=np.float32)
-        return pb.EmbedResponse(embeddings=to_proto(rows), model="vit-tiny", backend="fake")
+        answer = pb.EmbedResponse(embeddings=to_proto(rows), model="vit-tiny", backend="fake")
+        if request.dtype == tensor_pb2.DTYPE_INT8:
+            answer.embeddings.CopyFrom(to_proto((rows * 2).astype(np.int8)))
+            answer.scales.CopyFrom(to_proto(np.full(len(rows), 0.5, np.float32)))
+        return answer
 
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any

@@ -70,6 +70,13 @@ def test_embed_as_json_and_as_an_array(run: Run, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(array), [[0, 0.5], [1, 1.5]])
 
 
+def test_vectors_of_8_bits_are_written_with_their_scales(run: Run, many: list[Path], tmp_path: Path) -> None:
+    assert run("embed", many[0], many[1], "--dtype", "int8", "-o", tmp_path / "small.npz")[0] == 0
+    small = np.load(tmp_path / "small.npz")
+    assert small["vectors"].dtype == np.int8
+    np.testing.assert_array_equal(small["vectors"] * small["scales"][:, None], [[0, 0.5], [1, 1.5]])
+
+
 def greys(gateway: RecordingGateway) -> list[bytes]:
     return [request.images[0].encoded for request in gateway.requests]
 
