@@ -49,7 +49,7 @@ def find_adapters(repository: Repository) -> dict[str, IpAdapter]:
                 continue
             try:
                 adapter = _read(name, path, root)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
                 log.warning("IP-Adapter %s is left out: %s: %s", name, type(error).__name__, error)
                 continue
             if adapter is not None:
@@ -77,6 +77,8 @@ def _read(name: str, path: Path, root: Path) -> IpAdapter | None:
     folders = [path.parent, *(sorted(path.parent.parent.glob("*")) if path.parent.parent != root else ())]
     for encoder in (folder / _ENCODER for folder in folders if (folder / _ENCODER / "config.json").exists()):
         config = json.loads((encoder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{encoder / 'config.json'} holds no object")
         if config.get("hidden_size" if hidden else "projection_dim") == width:
             return IpAdapter(name, path, width, hidden, encoder)
     log.warning("IP-Adapter %s is left out: no image_encoder gives embeddings of width %d", name, width)

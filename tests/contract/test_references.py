@@ -1,5 +1,6 @@
 """What ReferenceService and the samplers promise of pictures to be like, over every backend."""
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from imagemesh.v1 import reference_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.registry import BackendEntry
 from imagemesh_runtime.tensors import from_proto, map_to_proto, to_proto
+from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.references import read_references
 from imagemesh_services.diffusion.service import create as create_diffusion
@@ -121,6 +123,35 @@ async def test_the_fake_sampler_moves_by_the_embeddings_mean() -> None:
     async with serving(create_diffusion, config) as served, grpc.aio.insecure_channel(served.server.address) as channel:
         events = [event async for event in diffusion_rpc.DiffusionServiceStub(channel).Sample(request)]
     np.testing.assert_allclose(from_proto(events[-1].result.outputs["latents"], "latents"), 0.25)
+
+
+async def test_a_checkpoint_is_of_the_adapters_weights_which_are_looked_for_beside_the_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = DiffusionConfig(backend="fake", device="cpu", threads=1, listen="127.0.0.1:0", drain_grace_seconds=0.1)
+    conditioning = map_to_proto({"prompt_embeds": np.zeros((1, 8, 4), np.float32)})
+    request = diffusion_pb.SampleRequest(
+        model="fake", conditioning=conditioning, width=64, height=64, steps=2, guidance_scale=1, seeds=[0],
+        references=[diffusion_pb.Reference(adapter="fake", scale=0.5, embeds=embeds(ONE))], checkpoint_every=1,
+    )  # fmt: skip
+    weights, threads = ["trained once"], []
+
+    def find(_: object, names: list[str]) -> list[str]:
+        threads.append(threading.current_thread().name)
+        assert names == ["fake"]
+        return weights
+
+    monkeypatch.setattr(FakeDiffusionModel, "find_adapters", find)
+    async with serving(create_diffusion, config) as served, grpc.aio.insecure_channel(served.server.address) as channel:
+        sample = diffusion_rpc.DiffusionServiceStub(channel).Sample
+        told = [event.checkpoint async for event in sample(request) if event.HasField("checkpoint")]
+        request.resume_from.CopyFrom(told[0])
+        assert [event.progress.step async for event in sample(request) if event.HasField("progress")] == [2]
+        weights[0] = "trained again"
+        with pytest.raises(grpc.aio.AioRpcError, match=r"resume_from\.fingerprint"):
+            [event async for event in sample(request)]
+    assert len(threads) == 3
+    assert not any("lane" in name or name == "MainThread" for name in threads)
 
 
 def embeds(positive: np.ndarray, negative: np.ndarray | None = None) -> Any:

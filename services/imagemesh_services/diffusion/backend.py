@@ -220,6 +220,15 @@ class DiffusionModel(Protocol):
     # Replicas whose fingerprints are equal compute the same bits: weights, element type, library versions.
     fingerprint: str
 
+    def find_adapters(self, names: Sequence[str]) -> Sequence[str]:
+        """Look for the IP-Adapters of a request, before it is started; answers a fingerprint of each one's weights.
+
+        It reads from disk, and is called on any thread but the lane.
+
+        Raises:
+            NotFound: there is no such adapter.
+        """
+
     def start(self, inputs: SampleInputs) -> Run:
         """Draw the noise and set the schedule.
 

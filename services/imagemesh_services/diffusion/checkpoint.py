@@ -7,7 +7,7 @@ request. Values are JSON, tensors are tensors: nothing in it is ever unpickled o
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,13 +37,22 @@ class Checkpoint:
     tensors: Mapping[str, Array] = field(default_factory=dict)
 
 
-def request_digest(request: pb.SampleRequest) -> str:
-    """The same for requests that ask for the same pictures, in hexadecimal."""
+def request_digest(request: pb.SampleRequest, adapters: Sequence[str] = ()) -> str:
+    """The same for requests that ask for the same pictures, in hexadecimal.
+
+    What text encoders, textual inversions, VAEs and T2I-Adapters have to say is in the request; of IP-Adapters only the
+    names are.
+
+    Args:
+        adapters: a fingerprint of each reference's IP-Adapter.
+    """
     plain = pb.SampleRequest()
     plain.CopyFrom(request)
     for name in _HOW:
         plain.ClearField(name)  # type: ignore[arg-type]
-    return hashlib.sha256(plain.SerializeToString(deterministic=True)).hexdigest()
+    digest = hashlib.sha256("\0".join(adapters).encode())
+    digest.update(plain.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def to_message(checkpoint: Checkpoint, fingerprint: str) -> pb.SampleCheckpoint:

@@ -73,7 +73,9 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
         try:
             model = await self._models.get(request.model)
             inputs = read_inputs(request, model)
-            fingerprint = f"{model.fingerprint}-{request_digest(request)}"
+            names = [one.adapter for one in inputs.references]
+            adapters = await asyncio.to_thread(model.find_adapters, names) if names else ()
+            fingerprint = f"{model.fingerprint}-{request_digest(request, adapters)}"
             terms = read_terms(request, fingerprint)
             control = self._control(request, inputs)
             with self._metrics.stage.time("sample"):

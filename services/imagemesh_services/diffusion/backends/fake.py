@@ -145,6 +145,9 @@ class FakeDiffusionModel:
     rounds_up = False
     fingerprint = "fake"
 
+    def find_adapters(self, names: Sequence[str]) -> list[str]:
+        return list(names)
+
     def start(self, inputs: SampleInputs) -> FakeRun:
         width = inputs.conditioning["prompt_embeds"].shape[-1]
         if width != CHANNELS:

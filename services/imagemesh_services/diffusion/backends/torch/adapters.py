@@ -19,11 +19,34 @@ from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFou
 from imagemesh_runtime.registry import Repository
 from imagemesh_services.diffusion.backend import SampleInputs
 from imagemesh_services.diffusion.references import NEGATIVE, POSITIVE, Reference
+from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.ip_adapters import IpAdapter, find_adapters
 from imagemesh_services.torch_support import building, to_torch
 
 _KEPT: Final = 4  # adapters that stay in memory also when nobody uses them
 _PARTS: Final = ("image_proj", "ip_adapter")
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """An adapter's file as it was when it was looked for last.
+
+    Attributes:
+        state: tells whether the file has been replaced since.
+    """
+
+    adapter: IpAdapter
+    state: tuple[int, int]
+    fingerprint: str
+
+
+def _weights_of(adapter: IpAdapter, known: _Weights | None) -> _Weights:
+    """Read anew only if the file has changed."""
+    about = adapter.path.stat()
+    state = (about.st_mtime_ns, about.st_size)
+    if known is not None and (known.adapter, known.state) == (adapter, state):
+        return known
+    return _Weights(adapter, state, fingerprint_of([adapter.path]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +97,9 @@ def _beside(processors: Sequence[Any], scales: Sequence[float]) -> Any:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Adapters in their order and how much each counts; those with the same are equal. It keeps them in memory."""
+    """Adapters' weights in order and how much each counts; those with the same are equal. It keeps them in memory."""
 
-    told: tuple[tuple[str, float], ...] = ()
+    told: tuple[tuple["_Weights", float], ...] = ()
     fitting: _Fitting | None = field(default=None, compare=False)
 
 
@@ -84,37 +107,54 @@ NOTHING: Final = Adapted()
 
 
 class Adapters:
-    """The adapters that a UNet can be given; every method is called on the lane."""
+    """The adapters that a UNet can be given; every method but ``find`` is called on the lane."""
 
     def __init__(self, model: str, unet: Any, repository: Repository) -> None:
         self._model, self._unet, self._repository = model, unet, repository
         self._known: Mapping[str, IpAdapter] = {}
-        self._fitted: WeakValueDictionary[str, _Fitting] = WeakValueDictionary()
-        self._latest: OrderedDict[str, _Fitting] = OrderedDict()
+        self._weights: dict[str, _Weights] = {}
+        self._fitted: WeakValueDictionary[_Weights, _Fitting] = WeakValueDictionary()
+        self._latest: OrderedDict[_Weights, _Fitting] = OrderedDict()
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """Look on disk for adapters that ``prepare`` will be asked for; answers a fingerprint of each one's weights.
+
+        Called on any thread but the lane, which has better to do than to read folders.
+
+        Raises:
+            NotFound: there is no such adapter.
+        """
+        if any(name not in self._known or not self._known[name].path.exists() for name in names):
+            self._known = find_adapters(self._repository)
+        for name in names:
+            if name not in self._known:
+                raise NotFound("IP-Adapter", name, self._known)
+        for name in dict.fromkeys(names):
+            self._weights[name] = _weights_of(self._known[name], self._weights.get(name))
+        return [self._weights[name].fingerprint for name in names]
 
     def prepare(self, references: Sequence[Reference]) -> Adapted:
-        """Load what these need.
+        """Load what these need, which was found before.
 
         Raises:
             NotFound: there is no such adapter.
             InvalidArgument: the embeddings aren't what the adapter is told.
             FailedPrecondition: its weights don't fit the model.
         """
-        if any(one.adapter not in self._known for one in references):
-            self._known = find_adapters(self._repository)
         for i, one in enumerate(references):
-            if one.adapter not in self._known:
-                raise NotFound("IP-Adapter", one.adapter, self._known)
-            adapter, shape = self._known[one.adapter], one.positive.shape
+            if one.adapter not in self._weights:
+                raise NotFound("IP-Adapter", one.adapter, self._weights)
+            adapter, shape = self._weights[one.adapter].adapter, one.positive.shape
             if shape[-1] != adapter.width or (len(shape) == 3) != adapter.hidden:
                 wanted = f"[1, {'tokens, ' if adapter.hidden else ''}{adapter.width}] for {one.adapter}"
                 raise InvalidArgument(f"references[{i}].embeds[{POSITIVE!r}].shape", list(shape), wanted)
         if not references:
             return NOTHING
-        parts = [self._fitting(one.adapter) for one in references]
+        told = [(self._weights[one.adapter], one.scale) for one in references]
+        parts = [self._fitting(weights) for weights, _ in told]
         with building():
-            fitting = _Fitting.composed(parts, [one.scale for one in references])
-        return Adapted(tuple((one.adapter, one.scale) for one in references), fitting)
+            fitting = _Fitting.composed(parts, [scale for _, scale in told])
+        return Adapted(tuple(told), fitting)
 
     @contextmanager
     def at_work(self, adapted: Adapted) -> Iterator[None]:
@@ -129,13 +169,13 @@ class Adapters:
         finally:
             usual.put(self._unet)
 
-    def _fitting(self, name: str) -> _Fitting:
+    def _fitting(self, weights: "_Weights") -> _Fitting:
         """The adapter's, in memory once however many use it."""
-        fitting = self._fitted.get(name)
+        fitting = self._fitted.get(weights)
         if fitting is None:
-            fitting = self._fitted[name] = self._load(self._known[name])
-        self._latest[name] = fitting
-        self._latest.move_to_end(name)
+            fitting = self._fitted[weights] = self._load(weights.adapter)
+        self._latest[weights] = fitting
+        self._latest.move_to_end(weights)
         if len(self._latest) > _KEPT:
             self._latest.popitem(last=False)
         return fitting
@@ -144,7 +184,7 @@ class Adapters:
         usual = _Fitting.of(self._unet)
         try:
             with building():
-                self._unet._load_ip_adapter_weights([_weights(adapter)], low_cpu_mem_usage=False)
+                self._unet._load_ip_adapter_weights([read_weights(adapter)], low_cpu_mem_usage=False)
             fitting = _Fitting.of(self._unet)
         except (RuntimeError, KeyError, ValueError, IndexError) as error:
             raise FailedPrecondition(
@@ -183,7 +223,7 @@ def as_added(given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return added
 
 
-def _weights(adapter: IpAdapter) -> dict[str, dict[str, torch.Tensor]]:
+def read_weights(adapter: IpAdapter) -> dict[str, dict[str, torch.Tensor]]:
     """As ``load_ip_adapter`` reads them."""
     found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
     with safe_open(adapter.path, framework="pt") as file:

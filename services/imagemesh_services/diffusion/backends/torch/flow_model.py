@@ -61,6 +61,9 @@ class FlowModel:
         # Where the VAE has scales a channel, it answers scaled latents itself.
         self._latent_scale = LatentScale(vae.get("scaling_factor", 1.0), vae.get("shift_factor") or 0.0)
 
+    def find_adapters(self, names: Sequence[str]) -> list[str]:
+        return list(names)  # ``start`` refuses them
+
     def start(self, inputs: SampleInputs) -> FlowRun:
         image = inputs.image
         if image is not None and image.mask is not None:

@@ -71,6 +71,9 @@ class TorchDiffusionModel:
         self._schedulers = Schedulers(scheduler)
         self._adapters = Adapters(name, unet, repository)
 
+    def find_adapters(self, names: Sequence[str]) -> list[str]:
+        return self._adapters.find(names)
+
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
         check_image(inputs, self._channels, self.scale_factor, inpaints=self._inpaints)
