@@ -98,23 +98,36 @@ def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
     hole = np.asarray(mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)) >= 128
     if hole.all() or not hole.any():
         return picture
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    levels = [(pixels * ~hole[..., None], (~hole).astype(np.float32))]
+    pixels = np.asarray(picture.convert("RGB"))
+    levels = [(pixels, ~hole)]
     while max(levels[-1][1].shape) > 1 and not levels[-1][1].all():
         levels.append(_coarser(*levels[-1]))
-    known = levels[-1][0]
-    for colours, weights in reversed(levels[:-1]):
-        height, width = weights.shape
-        spread = known.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
-        known = np.where(weights[..., None] > 0, colours, spread)
-    return Image.fromarray(np.clip(np.rint(known), 0, 255).astype(np.uint8))
+    colours = levels[-1][0]
+    for known_colours, known in reversed(levels[1:-1]):
+        colours = np.where(known[..., None], known_colours, _finer(colours, known.shape))
+    # The finest level, by far the largest, is never floats.
+    around = _finer(np.clip(np.rint(colours), 0, 255).astype(np.uint8), hole.shape)
+    return Image.fromarray(np.where(hole[..., None], around, pixels))
 
 
-def _coarser(colours: Array, weights: Array) -> tuple[Array, Array]:
-    """A quarter of the cells, each the mean of those of its four that are known."""
-    height, width = (side + side % 2 for side in weights.shape)
-    pads = ((0, height - weights.shape[0]), (0, width - weights.shape[1]))
-    known = np.pad(weights, pads).reshape(height // 2, 2, width // 2, 2)
-    summed = np.pad(colours, (*pads, (0, 0))).reshape(height // 2, 2, width // 2, 2, 3) * known[..., None]
-    count = known.sum(axis=(1, 3))
-    return summed.sum(axis=(1, 3)) / np.maximum(count, 1)[..., None], (count > 0).astype(np.float32)
+def _coarser(colours: Array, known: Array) -> tuple[Array, Array]:
+    """A quarter of the cells, each the mean of those of its four that are known, and whether one is.
+
+    Args:
+        colours: [height, width, 3].
+        known: bool [height, width].
+    """
+    height, width = ((side + 1) // 2 for side in known.shape)
+    summed, count = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.float32)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        mine = known[row::2, column::2]
+        summed[: mine.shape[0], : mine.shape[1]] += colours[row::2, column::2] * mine[..., None]
+        count[: mine.shape[0], : mine.shape[1]] += mine
+    summed /= np.maximum(count, 1)[..., None]
+    return summed, count > 0
+
+
+def _finer(colours: Array, shape: tuple[int, ...]) -> Array:
+    """Every cell as four, as many as there are on the finer grid of [height, width]."""
+    finer: Array = colours.repeat(2, axis=0).repeat(2, axis=1)[: shape[0], : shape[1]]
+    return finer

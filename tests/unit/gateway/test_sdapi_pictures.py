@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from imagemesh.v1 import gateway_service_pb2
 from imagemesh_gateway.http_openai_body import _mask
 from imagemesh_gateway.sdapi import extras
 from imagemesh_gateway.sdapi.bodies import Img2ImgBody
-from imagemesh_gateway.sdapi.pictures import bounded, fitted, mask_of
+from imagemesh_gateway.sdapi.pictures import bounded, filled, fitted, mask_of
 from imagemesh_gateway.sdapi.translate import _add_pictures
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.images import decode
@@ -96,3 +97,30 @@ def test_the_pictures_of_a_request_are_bounded_together(
     assert len(asyncio.run(extras.resized(body, [one]))) == 1
     with pytest.raises(InvalidArgument, match="pixels in all"):
         asyncio.run(extras.resized(body, [one, one]))
+
+
+def test_holes_take_the_colours_around_them() -> None:
+    pixels = np.zeros((37, 53, 3), np.uint8)
+    pixels[:, :20], pixels[:, 20:] = (200, 30, 7), (10, 20, 250)
+    hole = np.zeros((37, 53), np.uint8)
+    hole[5:30, 2:12] = hole[11:35, 41:53] = 255
+    torn = np.where(hole[..., None] > 0, 128, pixels).astype(np.uint8)
+    made = np.asarray(filled(Image.fromarray(torn), Image.fromarray(hole)))
+    np.testing.assert_array_equal(made[hole == 0], pixels[hole == 0])
+    assert (np.abs(made.astype(int) - pixels).max(axis=-1)[hole > 0] <= 80).all()
+    assert (np.median(made[5:30, 2:12], axis=(0, 1)) == (200, 30, 7)).all()
+    assert (np.median(made[11:35, 41:], axis=(0, 1)) == (10, 20, 250)).all()
+
+
+def test_filling_holes_takes_less_than_two_pictures_in_floats() -> None:
+    side = 512
+    picture, mask = Image.new("RGB", (side, side), "red"), Image.new("L", (side, side), 0)
+    mask.paste(255, (0, 0, side, side - 1))
+    tracemalloc.start()
+    try:
+        made = filled(picture, mask)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.getpixel((3, 3)) == (255, 0, 0)
+    assert peak < 2 * 3 * 4 * side * side
