@@ -62,7 +62,7 @@ def distill(args: Namespace) -> int:
     import numpy as np
     import torch
 
-    from imagemesh_training.distill import Plan
+    from imagemesh_training.distill import NotPlain, NotSmaller, Plan
     from imagemesh_training.distill import distill as train
 
     original = _Original(args)
@@ -82,7 +82,9 @@ def distill(args: Namespace) -> int:
 
     try:
         return original.keep(args, write, "torch")
-    except ValueError as error:
+    except NotPlain as error:
+        raise FailedPrecondition(f"model {args.model}: {error}") from error
+    except NotSmaller as error:
         raise InvalidArgument("--layers and --width", [plan.layers, plan.width], str(error)) from error
 
 

@@ -37,19 +37,28 @@ class Plan:
     seed: int = 0
 
 
+class NotPlain(ValueError):
+    """The teacher is of a kind that no smaller one is made of here."""
+
+
+class NotSmaller(ValueError):
+    """The plan's layers or width are of no student of this teacher."""
+
+
 def student_of(teacher: Any, plan: Plan) -> Any:
     """An untrained student of the teacher's own class, heads as wide as the teacher's.
 
     Raises:
-        ValueError: it isn't smaller, or its width is of no whole heads; or the teacher is no plain ViT.
+        NotPlain: the teacher is no plain ViT.
+        NotSmaller: the student isn't smaller, or its width is of no whole heads.
     """
     config = copy.deepcopy(teacher.config)
     layers, width = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if not (isinstance(layers, int) and isinstance(width, int) and hasattr(config, "intermediate_size")):
-        raise ValueError(f"a {config.model_type} can't be made smaller: it is no plain Vision Transformer")
+        raise NotPlain(f"a {config.model_type} can't be made smaller: it is no plain Vision Transformer")
     head = width // config.num_attention_heads
     if plan.width % head or not head <= plan.width <= width or not 1 <= plan.layers <= layers:
-        raise ValueError(f"at most {layers} layers, and a width from {head} to {width} that is a multiple of {head}")
+        raise NotSmaller(f"at most {layers} layers, and a width from {head} to {width} that is a multiple of {head}")
     config.num_hidden_layers, config.hidden_size = plan.layers, plan.width
     config.num_attention_heads = plan.width // head
     config.intermediate_size = config.intermediate_size * plan.width // width

@@ -130,6 +130,18 @@ def test_what_can_not_be_made_is_told(shrink, tmp_path, command, arguments, said
     assert not (tmp_path / "models" / "small").exists()
 
 
+def test_what_fails_while_a_student_is_compared_is_not_called_an_option(shrink, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ValueError("all the input arrays must have the same shape")
+
+    monkeypatch.setattr("imagemesh_services.vit.comparison.compare", broken)
+    code, _, err = shrink("distill", "emoji-vit", "--layers", 1, "--steps", 1)
+    assert code not in (0, 2)
+    assert "all the input arrays" in err
+    assert "--layers" not in err
+    assert list((tmp_path / "models").iterdir()) == []
+
+
 def test_a_folder_without_pictures_is_told(tmp_path, capfd):
     (tmp_path / "none").mkdir()
     code = main(["export", "emoji-vit", "-o", str(tmp_path / "out"), "--images", str(tmp_path / "none")])

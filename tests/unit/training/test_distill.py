@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from imagemesh_training.distill import Plan, distill, student_of
+from imagemesh_training.distill import NotPlain, NotSmaller, Plan, distill, student_of
 from tests.support.tiny_vision import BUILDERS
 
 
@@ -34,14 +34,14 @@ def test_a_narrower_student_keeps_the_heads_width_and_the_labels(teacher):
 
 @pytest.mark.parametrize(("layers", "width"), [(4, 32), (0, 32), (2, 40), (2, 12), (2, 0)])
 def test_what_is_not_smaller_is_refused(teacher, layers, width):
-    with pytest.raises(ValueError, match="at most 3 layers, and a width from 8 to 32 that is a multiple of 8"):
+    with pytest.raises(NotSmaller, match="at most 3 layers, and a width from 8 to 32 that is a multiple of 8"):
         student_of(teacher, Plan(layers=layers, width=width))
 
 
 def test_convolutions_are_refused(tmp_path):
     BUILDERS["convnext"](tmp_path / "convnext")
     teacher = AutoModelForImageClassification.from_pretrained(tmp_path / "convnext")
-    with pytest.raises(ValueError, match="convnext can't be made smaller"):
+    with pytest.raises(NotPlain, match="convnext can't be made smaller"):
         student_of(teacher, Plan(layers=1, width=8))
 
 
