@@ -49,9 +49,9 @@ async def engine(lane: Lane) -> AsyncIterator[Engine]:
     await engine.close()
 
 
-async def ask(engine: Engine, model: Starting, steps: int = 2) -> list[Event]:
+async def ask(engine: Engine, model: Starting, steps: int = 2, *, alone: bool = False) -> list[Event]:
     inputs = generation(Gated(), steps).inputs
-    return [event async for event in engine.sample(model, inputs, None, Terms(every=100))]
+    return [event async for event in engine.sample(model, inputs, None, Terms(every=100, alone=alone))]
 
 
 async def test_it_begins_without_the_event_loop_behind_the_last_tick_of_who_leaves(
@@ -80,6 +80,20 @@ async def test_who_has_gone_before_the_lane_comes_to_it_is_never_begun(engine: E
     model.go.release()
     assert isinstance((await first)[-1], Finished)
     assert not model.starts.acquire(blocking=False)
+
+
+async def test_who_has_gone_keeps_nobody_behind_from_beginning(engine: Engine, model: Starting) -> None:
+    first = asyncio.create_task(ask(engine, model, steps=1))
+    await model.wait_begun()
+    gone, third = asyncio.create_task(ask(engine, model, alone=True)), asyncio.create_task(ask(engine, model))
+    await asyncio.sleep(0)  # they have their places, and nobody has looked ahead since
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    async with asyncio.timeout(30):
+        while not any(one.beginning for one in engine._waiting):
+            await asyncio.sleep(0.001)
+    model.go.release(10)
+    assert all(isinstance(events[-1], Finished) for events in await asyncio.gather(first, third))
 
 
 async def test_one_that_cannot_begin_fails_alone(engine: Engine, model: Starting) -> None:

@@ -8,6 +8,8 @@ import pytest
 from imagemesh_runtime.errors import Hangs, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_services.diffusion.backend import SampleInputs
+from imagemesh_services.diffusion.backends.fake import FakeRun
 from imagemesh_services.diffusion.engine import Engine
 from imagemesh_services.diffusion.generation import Event, Finished, Terms
 from imagemesh_services.diffusion.watchdog import UNMEASURED
@@ -20,14 +22,14 @@ MOVES, STAYS = Terms(every=100), Terms()
 class Watched:
     """An engine, and what is told of its lane."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.model, self.metrics = Gated(), Metrics("diffusion")
-        self.engine = Engine(lane, self.metrics, max_rows=1, max_queue=8, hang_seconds=LEAST)
+    def __init__(self, lane: Lane, model: Gated | None = None, max_rows: int = 1) -> None:
+        self.model, self.metrics = model or Gated(), Metrics("diffusion")
+        self.engine = Engine(lane, self.metrics, max_rows=max_rows, max_queue=8, hang_seconds=LEAST)
         self.told: asyncio.Queue[bool] = asyncio.Queue()
         self.engine.watchdog.on_change.append(self.told.put)
 
-    def ask(self, terms: Terms) -> "asyncio.Task[list[Event]]":
-        inputs = generation(self.model, steps=5).inputs
+    def ask(self, terms: Terms, steps: int = 5) -> "asyncio.Task[list[Event]]":
+        inputs = generation(Gated(), steps).inputs
 
         async def follow() -> "list[Event]":
             return [event async for event in self.engine.sample(self.model, inputs, None, terms)]
@@ -63,6 +65,29 @@ async def test_who_can_go_on_elsewhere_is_given_up_and_who_it_hangs_at_is_told_s
     with pytest.raises(Unavailable, match="its device hangs") as caught:
         await asyncio.wait_for(waiting, 30)
     assert not isinstance(caught.value, Hangs)
+
+
+class Beginning(Gated):
+    """Refuses to begin one of one step, and hangs at the beginning of one of two."""
+
+    def start(self, inputs: SampleInputs) -> FakeRun:
+        if inputs.steps == 1:
+            raise ValueError("no such size")
+        assert self.go.acquire(timeout=30)
+        return super().start(inputs)
+
+
+async def test_one_that_could_not_begin_is_not_taken_for_what_the_lane_hangs_at(lane_alone: Lane) -> None:
+    watched = Watched(lane_alone, Beginning(), max_rows=8)
+    unfit, hanging = watched.ask(MOVES, steps=1), watched.ask(MOVES, steps=2)
+    assert await asyncio.wait_for(watched.told.get(), 30)
+    with pytest.raises(Hangs):
+        await asyncio.wait_for(hanging, 30)
+    with pytest.raises(Unavailable, match="its device hangs") as caught:
+        await asyncio.wait_for(unfit, 30)
+    assert not isinstance(caught.value, Hangs)
+    watched.model.go.release(100)
+    await watched.engine.close()
 
 
 async def test_while_it_hangs_nobody_is_let_in_who_can_go_elsewhere(watched: Watched) -> None:

@@ -246,9 +246,8 @@ class Engine:
         at = self._ticks.batch if self._ticks is not None and self._ticks.under_way is not None else ()
         for one in [*self._active, *self._waiting]:
             if one.terms.every:
-                stuck = one in at or (one.reached and one.run is None)
                 service = self._metrics.service
-                self._end(one, Hangs(service) if stuck else Unavailable(service, _HANGS))
+                self._end(one, Hangs(service) if one.begins or one in at else Unavailable(service, _HANGS))
         self._wake()
 
     def _fits(self, generation: Generation, room: Room) -> bool:
@@ -296,10 +295,11 @@ class Engine:
         """While the lane is at a tick: tell what is left to do, and begin those who come in when the tick is over."""
         self._tell_backlog()
         staying = [one for one in self._active if not one.ending]
-        if not self._waiting or any(one.terms.alone for one in staying):
+        waiting = [one for one in self._waiting if not one.gone]
+        if not waiting or any(one.terms.alone for one in staying):
             return
         room = self.limits.room(one.left(self._pace) for one in staying)
-        for generation in self._waiting:
+        for generation in waiting:
             if generation.terms.alone or not room.fits(generation.left(self._pace)):
                 return
             room.add(generation.left(self._pace))

@@ -107,9 +107,9 @@ class Generation:
     events: "asyncio.Queue[Event | BaseException]" = field(default_factory=asyncio.Queue)
     call: CallContext = field(default_factory=current_call)
     since: float = field(default_factory=perf_counter)
-    # The task in which it begins, whether the lane came to it, and what came of it.
+    # The task in which it begins, whether the lane is at that, and what came of it.
     beginning: "asyncio.Task[float | Exception] | None" = None
-    reached: bool = False
+    begins: bool = False
     run: Run | None = None
     # The ControlNets' side of it: the task that asks them, when to ask; whether they are at it, or have no say in the
     # next evaluation; what they say.
@@ -209,12 +209,15 @@ class Generation:
 
     def begin(self) -> Run:
         """Start the run, or go on where it was; called on the lane."""
-        self.reached = True
-        run = self.model.start(self.inputs)
-        if self.terms.resume_from is not None:
-            run.restore(self.terms.resume_from)
-            self.evaluated = self.terms.resume_from.evaluation
-        return run
+        self.begins = True
+        try:
+            run = self.model.start(self.inputs)
+            if self.terms.resume_from is not None:
+                run.restore(self.terms.resume_from)
+                self.evaluated = self.terms.resume_from.evaluation
+            return run
+        finally:
+            self.begins = False
 
     def blame(self, fault: Exception) -> Exception:
         """What goes wrong unforeseen, or not finite, after a checkpoint is the checkpoint's fault.
