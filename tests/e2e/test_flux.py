@@ -46,6 +46,13 @@ def test_schedulers(client: Client, folder: Path, scheduler: str) -> None:
     assert worst(made(client, "tiny-flux-distilled", scheduler=scheduler), theirs) <= 1
 
 
+def test_a_flow_shift_takes_the_place_of_the_one_by_size(client: Client, folder: Path) -> None:
+    theirs = reference(folder / "tiny-flux", [3], scheduler="Euler, 7")
+    shifted = made(client, "tiny-flux", scheduler="Euler", scheduler_options={"flow_shift": 7})
+    assert worst(shifted, theirs) <= 1
+    assert worst(shifted, made(client, "tiny-flux")) > 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

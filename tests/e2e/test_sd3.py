@@ -51,6 +51,14 @@ def test_schedulers(client: Client, folder: Path, scheduler: str) -> None:
     assert worst(made(client, "tiny-sd3", scheduler=scheduler), theirs) <= 1
 
 
+@pytest.mark.parametrize("scheduler", ["Euler", "DPM++ 2M"])
+def test_a_flow_shift(client: Client, folder: Path, scheduler: str) -> None:
+    theirs = reference(folder / "tiny-sd3", [3], scheduler=f"{scheduler}, 7")
+    shifted = made(client, "tiny-sd3", scheduler=scheduler, scheduler_options={"flow_shift": 7})
+    assert worst(shifted, theirs) <= 1
+    assert worst(shifted, made(client, "tiny-sd3", scheduler=scheduler)) > 1
+
+
 def test_image_to_image(client: Client, folder: Path) -> None:
     common = {"image": a_picture(), "strength": 0.7, "negative_prompt": NEGATIVE}
     kind = "StableDiffusion3Img2ImgPipeline"

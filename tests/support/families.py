@@ -23,6 +23,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", _FLOW),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", _FLOW),
     "Euler Karras": ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    # With the option flow_shift.
+    "Euler, 7": ("FlowMatchEulerDiscreteScheduler", {"shift": 7.0, "use_dynamic_shifting": False}),
+    "DPM++ 2M, 7": ("DPMSolverMultistepScheduler", {**_FLOW, "flow_shift": 7.0}),
 }
 
 

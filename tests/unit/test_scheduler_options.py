@@ -7,13 +7,14 @@ import diffusers
 import pytest
 
 from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_services.diffusion.scheduler_options import OPTIONS, Option, with_options
+from imagemesh_services.diffusion.backends.torch.flow_schedulers import for_flow, for_noise
+from imagemesh_services.diffusion.scheduler_options import FLOW_SHIFT, OPTIONS, Option, with_options
 from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
 
 # Of diffusers' own options: what the model was trained with, what is for flow models, and what no request should set.
 OTHERS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-    "variance_type", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal",
+    "variance_type", "use_flow_sigmas", "use_dynamic_shifting", "time_shift_type", "shift_terminal",
     "sigma_min", "sigma_max", "timestep_type", "timestep_scaling", "original_inference_steps", "lambda_min_clipped",
     "noise_sampler_seed", "tau_func", "solver_p", "disable_corrector", "predict_x0", "algorithm_type", "solver_type",
 }  # fmt: skip
@@ -29,11 +30,12 @@ def test_the_table_has_all_that_the_class_takes_and_nothing_else(name: str) -> N
     taken = set(inspect.signature(cls.__init__).parameters) - {"self"}
     if "eta" in inspect.signature(cls.step).parameters:
         taken.add("eta")
-    assert set(OPTIONS[name]) <= taken
+    taken -= {FLOW_SHIFT}  # see below
+    assert set(OPTIONS[name]) - {FLOW_SHIFT} <= taken
     assert taken - set(OPTIONS[name]) <= OTHERS
 
 
-CASES = [(name, option) for name, options in OPTIONS.items() for option in options if option != "eta"]
+CASES = [(name, option) for name, options in OPTIONS.items() for option in options if option not in ("eta", FLOW_SHIFT)]
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
@@ -44,6 +46,35 @@ def test_diffusers_takes_every_value(name: str, option: str) -> None:
         needs = {"final_sigmas_type": "sigma_min"} if value in ("dpmsolver", "sde-dpmsolver") else {}
         made = getattr(diffusers, name).from_config(diffusers.PNDMScheduler().config, **{option: value}, **needs)
         assert made.config[option] == value
+
+
+FLOW = {
+    "steady": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "by size": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+}
+
+
+@pytest.mark.parametrize("own", FLOW)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_flow_shift_is_asked_of_all_that_flow_models_can_use_and_of_no_other(name: str, own: str) -> None:
+    plain = find_scheduler(name)
+    try:
+        for_flow(plain, FLOW[own])
+    except InvalidArgument:
+        assert FLOW_SHIFT not in OPTIONS[name]
+        return
+    shifted = for_flow(with_options(plain, {FLOW_SHIFT: "5"}), FLOW[own])
+    assert shifted is not None
+    made = getattr(diffusers, shifted.class_name).from_config(FLOW[own].config, **shifted.options)
+    assert made.config["shift" if "FlowMatch" in shifted.class_name else FLOW_SHIFT] == 5
+    takes = inspect.signature(type(made).__init__).parameters
+    assert not ("use_dynamic_shifting" in takes and made.config.use_dynamic_shifting)
+
+
+def test_a_model_of_noise_predictions_has_no_flow_to_shift() -> None:
+    with pytest.raises(InvalidArgument, match=r"scheduler_options\['flow_shift'\] must be absent"):
+        for_noise(with_options(find_scheduler("Euler"), {FLOW_SHIFT: "5"}))
+    assert for_noise(find_scheduler("Euler")) is SCHEDULERS["Euler"]
 
 
 def test_options_lie_over_what_the_name_stands_for() -> None:

@@ -1,7 +1,8 @@
 """What of a scheduler a request may set, as data: every option's values, and which classes take it.
 
 The options are those of the classes' constructors in diffusers that say how to sample; those that say what the model
-was trained on (betas, prediction type) are the model's. A test holds the table to the installed diffusers.
+was trained on (betas, prediction type) are the model's. A test holds the table to the installed diffusers. The class is
+the one that models of noise predictions have; ``FLOW_SHIFT`` is for flow-matching models alone.
 """
 
 import json
@@ -13,6 +14,8 @@ from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_services.diffusion.schedulers import SchedulerChoice
 
 FIELD: Final = "scheduler_options"
+# How far the noise levels of a flow-matching model are shifted towards noise: s * x / (1 + (s - 1) * x).
+FLOW_SHIFT: Final = "flow_shift"
 MAX_OPTIONS: Final = 16
 
 
@@ -69,6 +72,7 @@ _GRID: Final = {
 }
 _SPACED: Final = {**_GRID, **dict.fromkeys(_SPACINGS, _FLAG)}
 _ZERO_SNR: Final = {"rescale_betas_zero_snr": _FLAG}
+_SHIFT: Final = {FLOW_SHIFT: Option(float, 0.01, 100)}
 _LAST: Final = {"final_sigmas_type": Option(str, names=("zero", "sigma_min"))}
 _SOLVER: Final = {"solver_order": Option(int, 1, 3), "lower_order_final": _FLAG}
 _MIDPOINT: Final = Option(str, names=("midpoint", "heun"))
@@ -82,31 +86,32 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     "DDPMScheduler": {**_GRID, **_THRESHOLDS, **_CLIPS, **_ZERO_SNR},
     "PNDMScheduler": {**_GRID, "skip_prk_steps": _FLAG, "set_alpha_to_one": _FLAG},
     "EulerDiscreteScheduler": {
-        **_SPACED, **_ZERO_SNR, **_LAST, "interpolation_type": Option(str, names=("linear", "log_linear")),
+        **_SPACED, **_ZERO_SNR, **_LAST, **_SHIFT, "interpolation_type": Option(str, names=("linear", "log_linear")),
     },
-    "EulerAncestralDiscreteScheduler": {**_GRID, **_ZERO_SNR},
-    "HeunDiscreteScheduler": {**_SPACED, **_CLIPS},
+    "EulerAncestralDiscreteScheduler": {**_GRID, **_ZERO_SNR, **_SHIFT},
+    "HeunDiscreteScheduler": {**_SPACED, **_CLIPS, **_SHIFT},
     "LMSDiscreteScheduler": _SPACED,
     "KDPM2DiscreteScheduler": _SPACED,
     "KDPM2AncestralDiscreteScheduler": _SPACED,
     "DPMSolverSinglestepScheduler": {
-        **dict.fromkeys(_SPACINGS, _FLAG), **_SOLVER, **_THRESHOLDS, **_LAST, "solver_type": _MIDPOINT,
+        **dict.fromkeys(_SPACINGS, _FLAG), **_SOLVER, **_THRESHOLDS, **_LAST, **_SHIFT, "solver_type": _MIDPOINT,
     },
     "DPMSolverMultistepScheduler": {
         **_SPACED, **_SOLVER, **_THRESHOLDS, **_ZERO_SNR, **_LAST, "algorithm_type": Option(str, names=_DPM),
-        "solver_type": _MIDPOINT, "euler_at_final": _FLAG, "use_lu_lambdas": _FLAG,
+        "solver_type": _MIDPOINT, "euler_at_final": _FLAG, "use_lu_lambdas": _FLAG, **_SHIFT,
     },
     "DPMSolverSDEScheduler": _SPACED,
-    "DEISMultistepScheduler": {**_SPACED, **_SOLVER, **_THRESHOLDS},
+    "DEISMultistepScheduler": {**_SPACED, **_SOLVER, **_THRESHOLDS, **_SHIFT},
     "UniPCMultistepScheduler": {
-        **_SPACED, **_SOLVER, **_THRESHOLDS, **_ZERO_SNR, **_LAST, "solver_type": Option(str, names=("bh1", "bh2")),
+        **_SPACED, **_SOLVER, **_THRESHOLDS, **_ZERO_SNR, **_LAST, **_SHIFT,
+        "solver_type": Option(str, names=("bh1", "bh2")),
     },
     "SASolverScheduler": {
         **_SPACED, **_THRESHOLDS, "predictor_order": Option(int, 1, 4), "corrector_order": Option(int, 1, 4),
         "lower_order_final": _FLAG,
     },
     "IPNDMScheduler": {},
-    "LCMScheduler": {**_GRID, **_THRESHOLDS, **_CLIPS, **_ZERO_SNR, "set_alpha_to_one": _FLAG},
+    "LCMScheduler": {**_GRID, **_THRESHOLDS, **_CLIPS, **_ZERO_SNR, **_SHIFT, "set_alpha_to_one": _FLAG},
     "TCDScheduler": {
         **_GRID, **_THRESHOLDS, **_CLIPS, **_ZERO_SNR, "set_alpha_to_one": _FLAG, "eta": Option(float, 0, 1),
     },

@@ -20,6 +20,7 @@ from imagemesh_services.diffusion.backends.torch import flow_model
 from imagemesh_services.diffusion.backends.torch.adapters import Adapters, as_added
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.features import taken_out
+from imagemesh_services.diffusion.backends.torch.flow_schedulers import for_noise
 from imagemesh_services.diffusion.backends.torch.guiders import Guidance
 from imagemesh_services.diffusion.backends.torch.injection import Injection, parted
 from imagemesh_services.diffusion.backends.torch.own_scheduler import scheduler_properties
@@ -85,7 +86,7 @@ class TorchDiffusionModel:
             name=self._name,
             unet=self._unet,
             family=self._family,
-            scheduler=self._schedulers.new(inputs.scheduler, inputs.seeds),
+            scheduler=self._schedulers.new(for_noise(inputs.scheduler), inputs.seeds),
             guidance=Guidance(inputs, self._unet),
             adapted=self._adapters.prepare(inputs.references),
             vae_scale_factor=self.scale_factor,
