@@ -7,15 +7,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
 from imagemesh_client import (
     Choice,
+    Classify,
     Client,
     Control,
     ControlSavings,
+    Embed,
+    GeneratedImage,
     GenerateOptions,
     Generation,
     Hires,
+    Keep,
     Model,
     Reference,
 )
@@ -29,13 +35,17 @@ def generate(args: Namespace) -> int:
     with Client(args.server, timeout=args.timeout) as client, progress_bar("generating") as show:
         generation = client.generate(args.prompt, **options, on_progress=show)
     tell_generation(generation, save(generation, args.output), args.json)
-    return 0
+    return 0 if generation.images else 1
 
 
 def save(generation: Generation, output: Path) -> list[Path]:
-    """Write the pictures; the answer is where."""
+    """Write the pictures, and beside them their vectors if there are any; the answer is where the pictures are."""
     paths = numbered(output, len(generation.images))
-    return [image.save(path) for image, path in zip(generation.images, paths, strict=True)]
+    for image, path in zip(generation.images, paths, strict=True):
+        image.save(path)
+        if image.embedding is not None:
+            np.save(path.with_suffix(".npy"), image.embedding)
+    return paths
 
 
 def tell_generation(generation: Generation, files: list[Path], as_json: bool) -> None:
@@ -47,12 +57,9 @@ def tell_generation(generation: Generation, files: list[Path], as_json: bool) ->
 
 
 def generation_options(args: Namespace) -> GenerateOptions:
-    """The options of a generation that the command was given.
-
-    Raises:
-        InvalidArgument: one is for nothing, since another is missing that it belongs to.
-    """
+    """The options of a generation that the command was given; an error names one that lacks what it belongs to."""
     _check_mask(args)
+    classify, embed, keep = _looks(args)
     return GenerateOptions(
         negative_prompt=args.negative,
         model=args.model,
@@ -79,6 +86,9 @@ def generation_options(args: Namespace) -> GenerateOptions:
         keep_unmasked=args.keep_unmasked,
         mask_padding=args.mask_padding,
         hires=_hires(args),
+        classify=classify,
+        embed=embed,
+        keep=keep,
         priority=args.priority,
         variation_strength=args.variation_strength,
         variation_seed=args.variation_seed,
@@ -148,6 +158,23 @@ def _hires(args: Namespace) -> Hires | None:
     return Hires(scale, size, args.hires_upscaler, args.hires_steps, args.hires_strength)
 
 
+def _looks(args: Namespace) -> tuple[Classify | None, Embed | None, Keep | None]:
+    if args.keep is None:
+        for name, usual in (("keep_among", 1), ("keep_probability", 0.0), ("retries", 0)):
+            if (given := getattr(args, name)) != usual:
+                raise InvalidArgument(f"--{name.replace('_', '-')}", given, "given beside --keep")
+    if args.embed_model and not args.embed:
+        raise InvalidArgument("--embed-model", args.embed_model, "given beside --embed")
+    if args.classify_model and args.classify is None and args.keep is None:
+        raise InvalidArgument("--classify-model", args.classify_model, "given beside --classify or --keep")
+    seen = args.classify is not None or args.classify_model
+    classify = Classify(args.classify or 5, args.classify_model) if seen else None
+    embed = Embed(model=args.embed_model) if args.embed else None
+    if args.keep is None:
+        return classify, embed, None
+    return classify, embed, Keep(args.keep, args.keep_among, args.keep_probability, args.retries)
+
+
 def numbered(output: Path, count: int) -> list[Path]:
     """FILE itself, or FILE-0, FILE-1... before its suffix."""
     if count == 1:
@@ -156,9 +183,23 @@ def numbered(output: Path, count: int) -> list[Path]:
 
 
 def _generation_json(generation: Generation, files: list[Path]) -> object:
-    images = [{"file": str(path), "seed": image.seed} for image, path in zip(generation.images, files, strict=True)]
+    images = [
+        {"file": str(path), "seed": image.seed} | _seen_json(image)
+        for image, path in zip(generation.images, files, strict=True)
+    ]
     parameters, timings = asdict(generation.parameters), [asdict(timing) for timing in generation.timings]
-    return {"id": generation.id, "images": images, "parameters": parameters, "timings": timings}
+    rejected = [asdict(one) for one in generation.rejected]
+    told = {"id": generation.id, "images": images, "parameters": parameters, "timings": timings}
+    return told | ({"rejected": rejected} if rejected else {})
+
+
+def _seen_json(image: GeneratedImage) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if image.classification is not None:
+        told["classification"] = [asdict(one) for one in image.classification.predictions]
+    if image.embedding is not None:
+        told["embedding"] = image.embedding.tolist()
+    return told
 
 
 def _print_generation(generation: Generation, files: list[Path]) -> None:
@@ -168,6 +209,10 @@ def _print_generation(generation: Generation, files: list[Path]) -> None:
             f"{path}: seed {image.seed}, {made.width}x{made.height}, {counted(made.steps, 'step')}, "
             f"guidance {made.guidance:g}, {made.scheduler}, {made.model}"
         )
+        for one in image.classification.predictions if image.classification else ():
+            print(f"{path}: {one.label} {one.probability:.1%}")
+    for rejected in generation.rejected:
+        complain(f"picture {rejected.index} with seed {rejected.seed} is not kept: {rejected.reason}")
 
 
 def models(args: Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from imagemesh_cli.option_types import file, number, option, positive, preprocessor, scale_or_size, size, whole
+from imagemesh_cli.option_types import file, number, option, positive, preprocessor, scale_or_size, share, size, whole
 
 
 def add_generation(parser: ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def add_generation(parser: ArgumentParser) -> None:
     _second_pass(parser)
     _controls(parser)
     _references(parser)
+    _looks(parser)
 
 
 def _picture(parser: ArgumentParser) -> None:
@@ -117,6 +118,19 @@ def _references(parser: ArgumentParser) -> None:
         "mesh's first)")  # fmt: skip
     add("--reference-scale", type=number, action="append", default=[], metavar="X", help="how much it counts, 0 to 10 "
         "(default: 1)")  # fmt: skip
+
+
+def _looks(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("look at what was made").add_argument
+    add("--classify", type=whole(1, 1000), metavar="K", help="tell the K likeliest labels of each picture")
+    add("--classify-model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
+    add("--embed", action="store_true", help="tell each picture's vector: with --json, and beside it as .npy")
+    add("--embed-model", default="", metavar="NAME", help="see imagemesh models (default: the mesh's own)")
+    add("--keep", metavar="LABEL", help="keep only pictures whose likeliest label is this")
+    add("--keep-among", type=whole(1, 1000), default=1, metavar="K", help="or is among the K likeliest (default: 1)")
+    add("--keep-probability", type=share, default=0.0, metavar="P", help="with at least this probability (default: 0)")
+    add("--retries", type=whole(0), default=0, metavar="N", help="how often to draw another picture in the place of "
+        "one that isn't kept, up to 8 (default: 0)")  # fmt: skip
 
 
 def _weights(text: str) -> list[float]:

@@ -51,7 +51,7 @@ def watch_job(args: Namespace) -> int:
         print_json(_json(job))
     else:
         print(f"{job.id}: {job.state}, {counted(len(made.images), 'picture')}")
-    return 0
+    return 0 if made.images else 1
 
 
 def cancel_job(args: Namespace) -> int:

@@ -16,8 +16,17 @@ from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor, preprocess_request, preprocessed, preprocessors
 from imagemesh_client.requests import GenerateOptions, generate_request
 from imagemesh_client.search import AsyncIndexes
-from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
-from imagemesh_client.vision import EmbedOptions, PoolingName, classify_request, embed_request
+from imagemesh_client.types import (
+    Classification,
+    Embeddings,
+    Event,
+    Generation,
+    Models,
+    PoolingName,
+    Progress,
+    Sampling,
+)
+from imagemesh_client.vision import EmbedOptions, classify_request, embed_request
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import InvalidArgument, MeshError
 

@@ -20,6 +20,7 @@ from imagemesh_client.types import (
     Prediction,
     Progress,
     Queued,
+    RejectedImage,
     Result,
     Sampling,
     Timing,
@@ -67,8 +68,25 @@ def event(response: pb.GenerateResponse) -> Event | None:
 
 def generation(result: pb.GenerateResult) -> Generation:
     """The pictures, and how they came to be."""
-    images = tuple(GeneratedImage(image.png, image.seed) for image in result.images)
-    return Generation(result.id, images, _parameters(result.parameters), tuple(map(_timing, result.timings)))
+    parameters = _parameters(result.parameters)
+    images = tuple(_image(image, parameters) for image in result.images)
+    rejected = tuple(
+        RejectedImage(one.seed, one.index, one.reason, _seen(one.classification, parameters)) for one in result.rejected
+    )
+    return Generation(result.id, images, parameters, tuple(map(_timing, result.timings)), rejected)
+
+
+def _image(image: pb.GeneratedImage, parameters: Parameters) -> GeneratedImage:
+    classification = _seen(image.classification, parameters) if image.HasField("classification") else None
+    embedding: Array | None = None
+    if image.HasField("embedding"):
+        embedding = from_proto(image.embedding, "embedding", dtypes=["float32"], shape=(None,)).copy()
+    return GeneratedImage(image.png, image.seed, image.index, classification, embedding)
+
+
+def _seen(classification: vit_service_pb2.Classification, parameters: Parameters) -> Classification:
+    backend = parameters.backends.get("classify", "")
+    return Classification(parameters.classifier, backend, tuple(map(_prediction, classification.predictions)))
 
 
 def _parameters(parameters: pb.GenerateParameters) -> Parameters:
@@ -89,6 +107,8 @@ def _parameters(parameters: pb.GenerateParameters) -> Parameters:
         lossy=dict(parameters.lossy),
         variation_seed=parameters.variation_seed if parameters.HasField("variation_seed") else None,
         variation_strength=parameters.variation_strength,
+        classifier=parameters.classifier,
+        embedder=parameters.embedder,
     )
 
 

@@ -13,7 +13,8 @@ from imagemesh_client.fields import text as _text
 from imagemesh_client.fields import whole as _whole
 from imagemesh_client.images import ImageInput, image_to_proto
 from imagemesh_client.preprocessing import parameters_to_proto
-from imagemesh_client.types import Control, ControlSavings, Hires, Reference
+from imagemesh_client.types import Classify, Control, ControlSavings, Embed, Hires, Keep, Reference
+from imagemesh_client.vision import POOLINGS
 from imagemesh_runtime.errors import InvalidArgument
 
 PriorityName = Literal["interactive", "normal", "batch"]
@@ -94,6 +95,14 @@ class SavingsOptions(TypedDict, total=False):
     control_savings: ControlSavings | None
 
 
+class LookOptions(TypedDict, total=False):
+    """What to see of the pictures once they are made, and which to keep."""
+
+    classify: Classify | None
+    embed: Embed | None
+    keep: Keep | None
+
+
 class _Shared(
     SourceOptions,
     NoiseOptions,
@@ -102,6 +111,7 @@ class _Shared(
     GuiderOptions,
     ReferenceOptions,
     SavingsOptions,
+    LookOptions,
     total=False,
 ):
     """What ``GenerateOptions`` and ``MoreOptions`` both have."""
@@ -173,7 +183,7 @@ def generate_request(
         hires=None if hires is None else _hires(hires),
         **_noise(more) | _guider(more),
         **_source(more),
-        **_course(more) | _references(more),
+        **_course(more) | _references(more) | _look(more),
     )
 
 
@@ -262,6 +272,31 @@ def _references(options: MoreOptions) -> dict[str, Any]:
     """The fields of ``ReferenceOptions`` and ``SavingsOptions``."""
     references = [_reference(f"references[{i}]", one) for i, one in enumerate(options.get("references", ()))]
     return {"references": references, "control_savings": _savings(options.get("control_savings"))}
+
+
+def _look(options: MoreOptions) -> dict[str, Any]:
+    """The fields of ``LookOptions``."""
+    classify, embed, keep = options.get("classify"), options.get("embed"), options.get("keep")
+    fields: dict[str, Any] = {}
+    if classify is not None:
+        top_k = _whole("classify.top_k", classify.top_k, UINT32, least=1)
+        fields["classify"] = pb.GenerateClassify(top_k=top_k, model=_text("classify.model", classify.model))
+    if embed is not None:
+        if embed.pooling not in POOLINGS:
+            raise InvalidArgument("embed.pooling", embed.pooling, ", ".join(POOLINGS))
+        fields["embed"] = pb.GenerateEmbed(
+            model=_text("embed.model", embed.model),
+            pooling=POOLINGS[embed.pooling],
+            normalize=bool(embed.normalize),
+        )
+    if keep is not None:
+        fields["keep"] = pb.GenerateKeep(
+            label=_text("keep.label", keep.label),
+            top_k=_whole("keep.top_k", keep.top_k, UINT32, least=1),
+            min_probability=_number("keep.min_probability", keep.min_probability),
+            retries=_whole("keep.retries", keep.retries, UINT32),
+        )
+    return fields
 
 
 def _reference(field: str, reference: Reference) -> pb.GenerateReference:

@@ -8,7 +8,8 @@ from imagemesh.v1 import search_service_pb2 as pb
 from imagemesh.v1 import search_service_pb2_grpc as rpc
 from imagemesh_client.fields import UINT32, number, text, whole
 from imagemesh_client.images import ImageInput, as_list
-from imagemesh_client.vision import MAX_IMAGES, POOLINGS, PoolingName, pictures
+from imagemesh_client.types import PoolingName
+from imagemesh_client.vision import MAX_IMAGES, POOLINGS, pictures
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import InvalidArgument
 

@@ -14,8 +14,17 @@ from imagemesh_client.preprocessing import Preprocessed, Preprocessor
 from imagemesh_client.requests import GenerateOptions
 from imagemesh_client.sync_jobs import Jobs
 from imagemesh_client.sync_search import Indexes
-from imagemesh_client.types import Classification, Embeddings, Event, Generation, Models, Progress, Sampling
-from imagemesh_client.vision import EmbedOptions, PoolingName
+from imagemesh_client.types import (
+    Classification,
+    Embeddings,
+    Event,
+    Generation,
+    Models,
+    PoolingName,
+    Progress,
+    Sampling,
+)
+from imagemesh_client.vision import EmbedOptions
 from imagemesh_runtime.errors import MeshError
 
 

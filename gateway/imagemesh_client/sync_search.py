@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from imagemesh_client.images import ImageInput
 from imagemesh_client.loop_thread import LoopThread
 from imagemesh_client.search import AsyncIndexes, Duplicate, Index, Match
-from imagemesh_client.vision import PoolingName
+from imagemesh_client.types import PoolingName
 
 
 class Indexes:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,7 @@ from imagemesh_client.images import ImageInput
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.tensors import Array
 
+PoolingName = Literal["auto", "cls", "mean"]
 # File name suffixes that a picture can be saved under.
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 
@@ -102,11 +103,75 @@ class Hires:
 
 
 @dataclass(frozen=True)
+class Classify:
+    """Look at what was made, and tell its ``top_k`` likeliest labels; an empty model is the mesh's default."""
+
+    top_k: int = 5
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Tell the vectors of what was made; fields as in ``embed``, an empty model is the mesh's default."""
+
+    pooling: PoolingName = "auto"
+    normalize: bool = False
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep only pictures that show something.
+
+    Attributes:
+        label: one of the classifier's (the model of ``Classify``, else the mesh's default)...
+        top_k: ... is among so many likeliest ones...
+        min_probability: ... with at least this probability.
+        retries: how often to draw another picture in the place of one that isn't kept, up to 8; its seed follows from
+            the request's, see GenerateKeep.
+    """
+
+    label: str
+    top_k: int = 1
+    min_probability: float = 0.0
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label for a picture; the probability is a softmax over all of the model's labels."""
+
+    label: str
+    probability: float
+    index: int
+    logit: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a picture shows, best first."""
+
+    model: str
+    # What ran the model, such as "torch".
+    backend: str
+    predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True)
 class GeneratedImage:
-    """A PNG file whose "parameters" text chunk holds what made it."""
+    """A PNG file whose "parameters" text chunk holds what made it.
+
+    Attributes:
+        index: which of the request's pictures it is, from 0; others may not have been kept.
+        classification: where ``Classify`` or ``Keep`` was asked for.
+        embedding: float32 [width], where ``Embed`` was.
+    """
 
     png: bytes = field(repr=False)
     seed: int
+    index: int = 0
+    classification: Classification | None = None
+    embedding: Array | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the picture: the PNG unchanged, or as JPEG or WebP (without the parameters) if the suffix says so.
@@ -133,6 +198,16 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True)
+class RejectedImage:
+    """A picture that ``Keep`` did not let pass, and why; ``index``: which of the request's it would have been."""
+
+    seed: int
+    index: int
+    reason: str
+    classification: Classification
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The request with every default and drawn value filled in."""
 
@@ -156,6 +231,9 @@ class Parameters:
     # None: the noise was not varied.
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    # The models that looked at the pictures, where that was asked for.
+    classifier: str = ""
+    embedder: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,12 +250,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation."""
+    """A finished generation; ``rejected`` pictures were drawn and not kept, and ``images`` may be empty then."""
 
     id: str
     images: tuple[GeneratedImage, ...]
     parameters: Parameters
     timings: tuple[Timing, ...]
+    rejected: tuple[RejectedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,26 +284,6 @@ class Result:
 
 
 Event: TypeAlias = Queued | Progress | Result
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A label for a picture; the probability is a softmax over all of the model's labels."""
-
-    label: str
-    probability: float
-    index: int
-    logit: float
-
-
-@dataclass(frozen=True)
-class Classification:
-    """What a picture shows, best first."""
-
-    model: str
-    # What ran the model, such as "torch".
-    backend: str
-    predictions: tuple[Prediction, ...]
 
 
 @dataclass(frozen=True, eq=False)

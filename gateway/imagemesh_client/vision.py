@@ -8,12 +8,12 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import image_pb2, tensor_pb2, vit_service_pb2
 from imagemesh_client.fields import UINT32, number, text, whole, whole_or_absent
 from imagemesh_client.images import ImageInput, as_list, image_to_proto
+from imagemesh_client.types import PoolingName
 from imagemesh_runtime.errors import InvalidArgument
 
 # Of one call; the mesh's own bound.
 MAX_IMAGES: Final = 64
 
-PoolingName = Literal["auto", "cls", "mean"]
 POOLINGS: Final[Mapping[PoolingName, vit_service_pb2.Pooling.ValueType]] = {
     "auto": vit_service_pb2.POOLING_UNSPECIFIED,
     "cls": vit_service_pb2.POOLING_CLS,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2, priority_pb2
+from imagemesh.v1 import image_pb2, priority_pb2, vit_service_pb2
 from imagemesh.v1.diffusion_service_pb2 import ControlSavings
 from imagemesh_runtime.limits import (
     MAX_BLOCK_WEIGHTS,
@@ -17,8 +17,10 @@ from imagemesh_runtime.limits import (
     MAX_GUIDANCE,
     MAX_HIRES_SCALE,
     MAX_IMAGES,
+    MAX_LABELS,
     MAX_MASK_BLUR,
     MAX_REFERENCES,
+    MAX_RETRIES,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
@@ -46,7 +48,9 @@ Side = Annotated[int, Field(ge=1, le=MAX_SIDE, description="Pixels.")]
 Number = Annotated[float, Field(allow_inf_nan=False)]  # JSON has no others to show again
 Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_SCALE, allow_inf_nan=False)]
 Strength = Annotated[float, Field(gt=0, le=1, description="How much is made anew.")]
+Labels = Annotated[int, Field(ge=1, le=MAX_LABELS)]
 PriorityName = Literal["interactive", "normal", "batch"]
+PoolingName = Literal["auto", "cls", "mean"]
 
 _TEXT = "a string of valid Unicode"
 _SIDE = f"a whole number of pixels from 1 to {MAX_SIDE}"
@@ -55,6 +59,7 @@ _STEPS = f"1 to {MAX_STEPS}"
 _PICTURE = "a PNG, JPEG or WebP file in base64, or a data: URL of one"
 _STRENGTH = "above 0, and at most 1"
 _WEIGHT = f"0 to {MAX_CONTROL_SCALE}"
+_LABELS = f"1 to {MAX_LABELS}"
 # What the fields of GenerateBody may be, for errors to say; those of objects by their path.
 ALLOWED: Final = {
     "prompt": _TEXT,
@@ -112,6 +117,18 @@ ALLOWED: Final = {
     "controls.preprocessor_parameters": "an object of numbers, strings, true and false by name",
     "controls.preprocessor_resolution": f"0, or {MIN_RESOLUTION} to {MAX_SIDE}",
     "controls.preprocessor_model": _TEXT,
+    "classify": "an object of model and top_k",
+    "classify.model": _TEXT,
+    "classify.top_k": _LABELS,
+    "embed": "an object of model, pooling and normalize",
+    "embed.model": _TEXT,
+    "embed.pooling": ", ".join(get_args(PoolingName)),
+    "embed.normalize": "true or false",
+    "keep": "an object of label, top_k, min_probability and retries",
+    "keep.label": _TEXT,
+    "keep.top_k": _LABELS,
+    "keep.min_probability": "0 to 1",
+    "keep.retries": f"0 to {MAX_RETRIES}",
 }
 
 
@@ -181,6 +198,35 @@ class ReferenceBody(Strict):
         return pb.GenerateReference(**self.fields() | {"image": image_pb2.Image(encoded=self.image)})
 
 
+class ClassifyBody(Strict):
+    """Tell what each picture shows."""
+
+    model: Text = Field("", description="Empty is the mesh's default.")
+    top_k: Labels = Field(5, description="Labels to tell.")
+
+
+class EmbedBody(Strict):
+    """Tell each picture's vector."""
+
+    model: Text = Field("", description="Empty is the mesh's default.")
+    pooling: PoolingName = "auto"
+    normalize: bool = False
+
+    def to_proto(self) -> pb.GenerateEmbed:
+        name = "UNSPECIFIED" if self.pooling == "auto" else self.pooling.upper()
+        pooling = vit_service_pb2.Pooling.Value(f"POOLING_{name}")
+        return pb.GenerateEmbed(**self.fields() | {"pooling": pooling})
+
+
+class KeepBody(Strict):
+    """Keep only pictures of which the classifier says this."""
+
+    label: Text
+    top_k: Labels = Field(1, description="It is among so many likeliest labels...")
+    min_probability: float = Field(0.0, ge=0, le=1, description="... with at least this probability.")
+    retries: int = Field(0, ge=0, le=MAX_RETRIES, description="How often to draw another picture in its place.")
+
+
 class GenerateBody(Strict):
     """What to generate; what is left out is the mesh's choice, and told in the answer."""
 
@@ -214,6 +260,9 @@ class GenerateBody(Strict):
     controls: list[ControlBody] = Field(default_factory=list, max_length=MAX_CONTROLS)
     control_savings: SavingsBody | None = None
     references: list[ReferenceBody] = Field(default_factory=list, max_length=MAX_REFERENCES)
+    classify: ClassifyBody | None = None
+    embed: EmbedBody | None = None
+    keep: KeepBody | None = None
 
     def to_proto(self) -> pb.GenerateRequest:
         """The same request for the pipeline."""
@@ -241,4 +290,7 @@ _CHANGED: Final[Mapping[str, Callable[[Any], Any]]] = {
     "controls": lambda units: [unit.to_proto() for unit in units],
     "control_savings": lambda one: ControlSavings(**one.fields()),
     "references": lambda pictures: [one.to_proto() for one in pictures],
+    "classify": lambda one: pb.GenerateClassify(**one.fields()),
+    "embed": lambda one: one.to_proto(),
+    "keep": lambda one: pb.GenerateKeep(**one.fields()),
 }

@@ -10,6 +10,7 @@ from pydantic import Field
 from imagemesh.v1 import gateway_service_pb2, priority_pb2
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody, Text
+from imagemesh_gateway.http_media import rejected_json, seen_json
 from imagemesh_gateway.jobs.record import State
 from imagemesh_gateway.jobs.terms import MAX_KEY_CHARACTERS
 from imagemesh_gateway.json_values import shown
@@ -75,8 +76,9 @@ def job_json(job: pb.Job) -> dict[str, Any]:
         told["error"] = {"code": code_pb2.Code.Name(job.error.code), "message": job.error.message}
     if job.HasField("result"):
         told["images"] = [
-            {"url": f"/v1/jobs/{job.id}/images/{i}", "seed": image.seed} for i, image in enumerate(job.result.images)
+            {"url": f"/v1/jobs/{job.id}/images/{i}"} | seen_json(image) for i, image in enumerate(job.result.images)
         ]
+        told |= rejected_json(job.result)
     return told
 
 
@@ -92,6 +94,8 @@ def request_json(request: gateway_service_pb2.GenerateRequest) -> dict[str, Any]
         told["guidance"] = told.pop("guidance_scale")
     if "priority" in told:
         told["priority"] = _priority(request.priority)
+    if "pooling" in told.get("embed", {}):
+        told["embed"]["pooling"] = told["embed"]["pooling"].removeprefix("POOLING_").lower()
     for one in (told, *told.get("controls", ())):
         for name in ("scheduler_options", "guider_options", "preprocessor_parameters"):
             if name in one:

@@ -14,11 +14,14 @@ class Ledger:
     metrics: Metrics
     hops: dict[str, Hop] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+    # The names of entries end with it.
+    suffix: str = ""
 
     def hop(self, stage: str) -> Hop:
         """A new entry."""
-        self.hops[stage] = Hop()
-        return self.hops[stage]
+        name = f"{stage}{self.suffix}"
+        self.hops[name] = Hop()
+        return self.hops[name]
 
     def timings(self) -> list[pb.StageTiming]:
         """The entries, in the order of the stages."""

@@ -1,9 +1,9 @@
-"""How a picture is made: encode the text, encode the picture, prepare the control pictures, denoise, decode, pack."""
+"""How a picture is made: encode the text and the picture, prepare the control pictures, denoise, decode, look, pack."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,13 +18,31 @@ from imagemesh_gateway.placement import sample
 from imagemesh_gateway.plan import DEFAULT_GUIDER, Plan
 from imagemesh_gateway.previews import Previews
 from imagemesh_gateway.references import embed_references
-from imagemesh_gateway.sources import lay_over
+from imagemesh_gateway.seeing import Gallery, Picture
+from imagemesh_gateway.sources import Sources, lay_over
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.tensors import Array
 
 SampleResult = diffusion_service_pb2.SampleResult
 EncodedText = text_encoder_service_pb2.EncodeTextResponse
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What all attempts share: the prompts' embeddings, the picture to start from, what the first pass starts from."""
+
+    text: EncodedText
+    source: Sources | None
+    start: Start
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What an attempt made: the sampler's last word, and the pictures, uint8 [pictures, height, width, 3]."""
+
+    sampled: SampleResult
+    images: Array
 
 
 async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -34,17 +52,49 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
         MeshError: a stage failed; the error names the service or the field.
     """
     ledger = Ledger(metrics)
+    beginning = await _begin(mesh, plan, ledger)
+    gallery = Gallery(plan)
+    drawn: Drawn | None = None
+    before = 0
+    for retry, attempt in gallery.attempts():
+        ledger.suffix = f"-retry-{retry}" if retry else ""
+        drawn, shown = None, pb.GenerateProgress()
+        async with aclosing(_draw(mesh, attempt, beginning, ledger)) as events:
+            async for event in events:
+                if isinstance(event, Drawn):
+                    drawn = event
+                elif event.HasField("progress"):
+                    shown = event.progress
+                    shown.step, shown.steps = shown.step + before, shown.steps + before
+                    yield event
+                elif not retry:
+                    yield event
+        assert drawn is not None
+        before = shown.steps
+        await gallery.add(mesh, attempt, drawn.images, ledger)
+    assert drawn is not None
+    yield pb.GenerateResponse(result=await _pack(gallery, drawn, ledger))
+
+
+async def _begin(mesh: Mesh, plan: Plan, ledger: Ledger) -> Beginning:
     text = await _encode_text(mesh, plan, ledger)
     references = await embed_references(mesh, plan.references, ledger)
     source, start = await first_start(mesh, plan, ledger)
-    start = replace(start, references=references)
+    return Beginning(text, source, replace(start, references=references))
+
+
+async def _draw(
+    mesh: Mesh, plan: Plan, beginning: Beginning, ledger: Ledger
+) -> AsyncGenerator[pb.GenerateResponse | Drawn, None]:
+    """All passes, and the decoding; what was drawn comes last."""
+    text, start = beginning.text, beginning.start
     sampled: SampleResult | None = None
     for turn in turns(plan):
         if sampled is not None:
             if text.scheduled:
                 text = await _encode_text(mesh, turn.plan, ledger, turn)
             second = await second_start(mesh, turn, sampled.outputs["latents"], ledger)
-            start = replace(second, references=references)
+            start = replace(second, references=start.references)
         sampled = None
         async with aclosing(_denoise(mesh, turn, dict(text.conditioning), start, ledger)) as events:
             async for event in events:
@@ -56,9 +106,9 @@ async def generate(mesh: Mesh, plan: Plan, metrics: Metrics) -> AsyncGenerator[p
             raise Unavailable("diffusion", "the stream ended without a result")
     assert sampled is not None
     images = await decode_latents(mesh, plan, sampled.outputs["latents"], ledger)
-    if source is not None:
+    if (source := beginning.source) is not None:
         images = np.stack([await asyncio.to_thread(lay_over, image, source) for image in images])
-    yield pb.GenerateResponse(result=await _pack(plan, sampled, images, ledger))
+    yield Drawn(sampled, images)
 
 
 async def _encode_text(mesh: Mesh, plan: Plan, ledger: Ledger, turn: Turn | None = None) -> EncodedText:
@@ -146,19 +196,15 @@ async def _progress(
     return pb.GenerateProgress(step=turn.before + told.step, steps=total, previews=shown)
 
 
-async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger) -> pb.GenerateResult:
+async def _pack(gallery: Gallery, drawn: Drawn, ledger: Ledger) -> pb.GenerateResult:
+    plan, sampled = gallery.plan, drawn.sampled
     scheduler = plan.scheduler or plan.own_scheduler or sampled.scheduler
-    with ledger.metrics.stage.time("png"):
-        files = [
-            await asyncio.to_thread(encode_png, image, describe(plan, scheduler, i, sampled.lossy))
-            for i, image in enumerate(images)
-        ]
     parameters = pb.GenerateParameters(
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
         model=plan.model,
-        width=images.shape[2],
-        height=images.shape[1],
+        width=drawn.images.shape[2],
+        height=drawn.images.shape[1],
         steps=plan.steps,
         guidance_scale=plan.guidance_scale,
         scheduler=scheduler,
@@ -170,6 +216,22 @@ async def _pack(plan: Plan, sampled: SampleResult, images: Array, ledger: Ledger
         guider=plan.guider or DEFAULT_GUIDER,
         guider_options=plan.guider_options,
         lossy=sampled.lossy,
+        classifier=plan.look.classifier,
+        embedder=plan.look.embedder,
     )
-    pictures = [pb.GeneratedImage(png=png, seed=seed) for png, seed in zip(files, plan.seeds, strict=True)]
-    return pb.GenerateResult(id=plan.id, images=pictures, parameters=parameters, timings=ledger.timings())
+    with ledger.metrics.stage.time("png"):
+        pictures = [await asyncio.to_thread(_file, one, scheduler, sampled) for one in gallery.kept]
+    return pb.GenerateResult(
+        id=plan.id, images=pictures, parameters=parameters, timings=ledger.timings(), rejected=gallery.rejected
+    )
+
+
+def _file(picture: Picture, scheduler: str, sampled: SampleResult) -> pb.GeneratedImage:
+    told = describe(picture.plan, scheduler, picture.row, sampled.lossy)
+    return pb.GeneratedImage(
+        png=encode_png(picture.pixels, told),
+        seed=picture.plan.seeds[picture.row],
+        index=picture.index,
+        classification=picture.classification,
+        embedding=picture.embedding,
+    )

@@ -8,6 +8,7 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2, priority_pb2
 from imagemesh.v1.diffusion_service_pb2 import ControlSavings
 from imagemesh_gateway.json_values import check_values
+from imagemesh_gateway.looks import LookPlan, look_plan
 from imagemesh_gateway.mesh import Mesh, ModelInfo
 from imagemesh_gateway.modes import HiresPlan, ImagePlan, hires_plan, image_plan
 from imagemesh_gateway.references import ReferencePlan, reference_plans
@@ -91,6 +92,8 @@ class Plan:
     references: tuple[ReferencePlan, ...] = ()
     # What to save on the ControlNets.
     savings: ControlSavings = field(default_factory=ControlSavings)
+    # What looks at the pictures, and which are kept.
+    look: LookPlan = field(default_factory=LookPlan)
 
     @property
     def guided(self) -> bool:
@@ -102,8 +105,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
     """Check the request against the limits and the model that it names.
 
     Raises:
-        InvalidArgument: a value isn't allowed.
-        NotFound: there is no such model.
+        InvalidArgument, NotFound: a value isn't allowed, or there is no such model.
     """
     _check_texts(request)
     model = await mesh.catalogue.find(mesh.diffusion, request.model)
@@ -137,6 +139,7 @@ async def make_plan(request: pb.GenerateRequest, mesh: Mesh) -> Plan:
         literal_prompt=request.literal_prompt,
         references=await reference_plans(request, mesh),
         savings=_savings(request, controls),
+        look=await look_plan(request, seeds, mesh),
     )
 
 

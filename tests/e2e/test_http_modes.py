@@ -13,7 +13,17 @@ from PIL import Image
 
 from imagemesh_cli.host import MeshHost
 from imagemesh_client import Client, Control, ControlSavings, Hires
-from imagemesh_gateway.http_body import ALLOWED, ControlBody, GenerateBody, HiresBody, ReferenceBody, SavingsBody
+from imagemesh_gateway.http_body import (
+    ALLOWED,
+    ClassifyBody,
+    ControlBody,
+    EmbedBody,
+    GenerateBody,
+    HiresBody,
+    KeepBody,
+    ReferenceBody,
+    SavingsBody,
+)
 from tests.support.mesh import running_mesh
 
 COMMON = {"prompt": "a fox", "seed": 7, "steps": 4, "guidance": 3.0, "width": 64, "height": 64}
@@ -169,6 +179,9 @@ def test_errors_know_every_field() -> None:
         "controls": ControlBody,
         "control_savings": SavingsBody,
         "references": ReferenceBody,
+        "classify": ClassifyBody,
+        "embed": EmbedBody,
+        "keep": KeepBody,
     }
     inside = {f"{name}.{field}" for name, body in nested.items() for field in body.model_fields}
     assert set(ALLOWED) == set(GenerateBody.model_fields) | inside

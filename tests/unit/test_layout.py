@@ -115,12 +115,12 @@ def test_every_module_says_what_it_is_for():
 
 
 PUBLIC = [
-    "AsyncClient", "Choice", "Classification", "Client", "Control", "ControlSavings", "DeadlineExceeded",
-    "Duplicate", "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
+    "AsyncClient", "Choice", "Classification", "Classify", "Client", "Control", "ControlSavings", "DeadlineExceeded",
+    "Duplicate", "Embed", "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
     "GeneratedImage", "Generation", "Hires", "ImageInput", "Index", "InvalidArgument", "Job",
     "JobFailure", "JobOptions",
-    "Match", "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
-    "PreprocessorParameter", "Progress", "Queued", "Reference", "RemoteError", "Result",
+    "Keep", "Match", "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
+    "PreprocessorParameter", "Progress", "Queued", "Reference", "RejectedImage", "RemoteError", "Result",
     "Sampling", "Timing", "Unavailable",
 ]  # fmt: skip
 

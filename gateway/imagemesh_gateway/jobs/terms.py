@@ -83,6 +83,10 @@ def _resolved(request: gateway_service_pb2.GenerateRequest, plan: Plan) -> gatew
         resolved.variation_seed = plan.variation_seeds[0]
     for unit, control in zip(resolved.controls, plan.controls, strict=True):
         unit.model = control.model
+    if plan.look.classifier:
+        resolved.classify.model, resolved.classify.top_k = plan.look.classifier, plan.look.labels
+    if plan.look.embedder:
+        resolved.embed.model = plan.look.embedder
     return resolved
 
 

@@ -23,7 +23,7 @@ from imagemesh_runtime.throughput import Throughput
 from imagemesh_services.vit.answers import classification, embedding_fields
 from imagemesh_services.vit.backend import Embedding, VitModel, Wanted
 from imagemesh_services.vit.config import VitConfig
-from imagemesh_services.vit.wishes import wanted_of
+from imagemesh_services.vit.wishes import NUMBERS, wanted_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ class VitServicer(rpc.VitServiceServicer):
         async with aclosing(answers(asked, lambda one: self.EmbedImages(one, context))) as outcomes:
             async for index, outcome in outcomes:
                 yield pb.EmbedImageStreamResponse(index=index, **as_fields(outcome))
+
+    async def DescribeClassifier(
+        self, request: pb.DescribeClassifierRequest, context: Any
+    ) -> pb.DescribeClassifierResponse:
+        model = await self._models.get(request.model)
+        return pb.DescribeClassifierResponse(labels=model.labels, poolings=[NUMBERS[one] for one in model.poolings])
 
     async def _pixels(self, model: VitModel, images: Sequence[image_pb2.Image], size: int) -> Array:
         """float32 [images, 3, h, w]: decoded and preprocessed beside the lane, which has forwards to do."""

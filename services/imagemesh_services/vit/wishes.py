@@ -11,6 +11,7 @@ from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_services.vit.backend import Pooling, VitModel, Wanted
 
 _POOLINGS: Final = {pb.POOLING_CLS: Pooling.CLS, pb.POOLING_MEAN: Pooling.MEAN}
+NUMBERS: Final = {pooling: number for number, pooling in _POOLINGS.items()}
 DTYPES: Final = (tensor_pb2.DTYPE_UNSPECIFIED, tensor_pb2.DTYPE_FP32, tensor_pb2.DTYPE_FP16, tensor_pb2.DTYPE_INT8)
 
 

@@ -28,6 +28,8 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         "--reference", edges, "--reference-adapter", "plus", "--reference-scale", 0.5, "--reference", edges,
         "--guider", "PAG", "--guider-option", "perturbed_guidance_scale=2", "--guider-option", "stop=0.8",
         "--scheduler-option", "solver_order=3", "--scheduler-option", "timestep_spacing=trailing",
+        "--classify", 3, "--classify-model", "vit", "--embed", "--embed-model", "deit",
+        "--keep", "fox", "--keep-among", 2, "--keep-probability", 0.5, "--retries", 4,
     )  # fmt: skip
     image = image_pb2.Image(encoded=png(9))
     controls = [
@@ -46,6 +48,8 @@ def test_every_option_of_generate_reaches_the_request(gateway: RecordingGateway,
         references=[
             pb.GenerateReference(image=image, adapter="plus", scale=0.5), pb.GenerateReference(image=image, scale=1.0)
         ],
+        classify=pb.GenerateClassify(top_k=3, model="vit"), embed=pb.GenerateEmbed(model="deit"),
+        keep=pb.GenerateKeep(label="fox", top_k=2, min_probability=0.5, retries=4),
     )  # fmt: skip
     assert (code, gateway.requests) == (0, [expected])
 

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagemesh.v1 import diffusion_service_pb2, image_pb2, priority_pb2
+from imagemesh.v1 import diffusion_service_pb2, image_pb2, priority_pb2, vit_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_client import (
     AsyncClient,
+    Classify,
     Client,
     Control,
     ControlSavings,
+    Embed,
     Hires,
     InvalidArgument,
+    Keep,
     Progress,
     Queued,
     Reference,
@@ -43,6 +46,7 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             guider="PAG", guider_options={"stop": 0.8, "perturbed_guidance_layers": ["mid_block", "up_blocks.0"]},
             references=[Reference(b"like", "adapter", 0.5), Reference(b"this")],
             control_savings=ControlSavings(3, True, "fp8"),
+            classify=Classify(3, "vit"), embed=Embed("mean", True, "deit"), keep=Keep("fox", 2, 0.5, 4),
             preview_every=5, mask_padding=0, literal_prompt=True, hires=Hires(2, (3, 4), "Lanczos", 5, 0.5, "DDIM"),
         )  # fmt: skip
     controls = [
@@ -62,6 +66,9 @@ def test_every_option_reaches_the_request(gateway: RecordingGateway) -> None:
             pb.GenerateReference(image=image_pb2.Image(encoded=b"this"), scale=1.0),
         ],
         guider="PAG", guider_options={"stop": "0.8", "perturbed_guidance_layers": '["mid_block", "up_blocks.0"]'},
+        classify=pb.GenerateClassify(top_k=3, model="vit"),
+        embed=pb.GenerateEmbed(model="deit", pooling=vit_service_pb2.POOLING_MEAN, normalize=True),
+        keep=pb.GenerateKeep(label="fox", top_k=2, min_probability=0.5, retries=4),
         hires=pb.GenerateHires(scale=2, width=3, height=4, upscaler="Lanczos", steps=5, strength=0.5, scheduler="DDIM"),
     )  # fmt: skip
     assert gateway.requests == [expected]

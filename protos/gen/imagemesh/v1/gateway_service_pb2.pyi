@@ -99,6 +99,9 @@ class GenerateRequest(_message.Message):
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
     CONTROL_SAVINGS_FIELD_NUMBER: _builtins.int
+    CLASSIFY_FIELD_NUMBER: _builtins.int
+    EMBED_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -178,6 +181,18 @@ class GenerateRequest(_message.Message):
     def control_savings(self) -> _diffusion_service_pb2.ControlSavings:
         """What to save on the ControlNets, which changes the picture."""
 
+    @_builtins.property
+    def classify(self) -> Global___GenerateClassify:
+        """Tell what each picture shows."""
+
+    @_builtins.property
+    def embed(self) -> Global___GenerateEmbed:
+        """Tell each picture's vector."""
+
+    @_builtins.property
+    def keep(self) -> Global___GenerateKeep:
+        """Keep only pictures that show something, and draw others in the place of those that don't."""
+
     def __init__(
         self,
         *,
@@ -212,10 +227,13 @@ class GenerateRequest(_message.Message):
         guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         references: _abc.Iterable[Global___GenerateReference] | None = ...,
         control_savings: _diffusion_service_pb2.ControlSavings | None = ...,
+        classify: Global___GenerateClassify | None = ...,
+        embed: Global___GenerateEmbed | None = ...,
+        keep: Global___GenerateKeep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "control_savings", b"control_savings", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "classify", b"classify", "control_savings", b"control_savings", "embed", b"embed", "guidance_scale", b"guidance_scale", "hires", b"hires", "image", b"image", "keep", b"keep", "mask", b"mask", "mask_padding", b"mask_padding", "num_images", b"num_images", "seed", b"seed", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "clip_skip", b"clip_skip", "control_savings", b"control_savings", "controls", b"controls", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "references", b"references", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_mask_padding", b"_mask_padding", "_num_images", b"_num_images", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_variation_seed", b"_variation_seed", "classify", b"classify", "clip_skip", b"clip_skip", "control_savings", b"control_savings", "controls", b"controls", "embed", b"embed", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "hires", b"hires", "image", b"image", "invert_mask", b"invert_mask", "keep", b"keep", "keep_unmasked", b"keep_unmasked", "literal_prompt", b"literal_prompt", "mask", b"mask", "mask_blur", b"mask_blur", "mask_padding", b"mask_padding", "model", b"model", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "preview_every", b"preview_every", "priority", b"priority", "prompt", b"prompt", "references", b"references", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seed", b"seed", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -247,6 +265,97 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__variation_seed) -> _WhichOneofReturnType__variation_seed | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateClassify(_message.Message):
+    """Looks at what was made as Classify does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Empty: the mesh's default."""
+    top_k: _builtins.int
+    """Labels to tell a picture, the likeliest first, up to 1000; 0 means 5."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateClassify: _TypeAlias = GenerateClassify  # noqa: Y015
+
+@_typing.final
+class GenerateEmbed(_message.Message):
+    """Looks at what was made as Embed does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Empty: the mesh's default."""
+    pooling: _vit_service_pb2.Pooling.ValueType
+    normalize: _builtins.bool
+    """Divide each vector by its Euclidean length."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pooling: _vit_service_pb2.Pooling.ValueType = ...,
+        normalize: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "normalize", b"normalize", "pooling", b"pooling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateEmbed: _TypeAlias = GenerateEmbed  # noqa: Y015
+
+@_typing.final
+class GenerateKeep(_message.Message):
+    """Which pictures are kept: those of which the classifier (the model of GenerateClassify, else the mesh's default) says this."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MIN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """One of the classifier's labels..."""
+    top_k: _builtins.int
+    """... is among so many likeliest ones, up to 1000; 0 means 1..."""
+    min_probability: _builtins.float
+    """... with at least this probability, 0 to 1."""
+    retries: _builtins.int
+    """How often to draw another picture in the place of one that isn't kept, up to 8. The r-th time picture i takes the seed
+    max(seeds) + (r - 1) * num_images + i + 1.
+    """
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+        min_probability: _builtins.float = ...,
+        retries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "min_probability", b"min_probability", "retries", b"retries", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateKeep: _TypeAlias = GenerateKeep  # noqa: Y015
 
 @_typing.final
 class GenerateReference(_message.Message):
@@ -523,6 +632,7 @@ class GenerateResult(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedImage]: ...
@@ -530,6 +640,10 @@ class GenerateResult(_message.Message):
     def parameters(self) -> Global___GenerateParameters: ...
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]: ...
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedImage]:
+        """Pictures that were not kept, in the order in which they were drawn."""
+
     def __init__(
         self,
         *,
@@ -537,10 +651,11 @@ class GenerateResult(_message.Message):
         images: _abc.Iterable[Global___GeneratedImage] | None = ...,
         parameters: Global___GenerateParameters | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        rejected: _abc.Iterable[Global___RejectedImage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "images", b"images", "parameters", b"parameters", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "images", b"images", "parameters", b"parameters", "rejected", b"rejected", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,22 +667,68 @@ class GeneratedImage(_message.Message):
 
     PNG_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    CLASSIFICATION_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     png: _builtins.bytes
     """A PNG file whose "parameters" text chunk holds what made it."""
     seed: _builtins.int
+    index: _builtins.int
+    """Which of the request's pictures it is, from 0: some may not have been kept."""
+    @_builtins.property
+    def classification(self) -> _vit_service_pb2.Classification:
+        """Where the request asked to classify or to keep."""
+
+    @_builtins.property
+    def embedding(self) -> _tensor_pb2.Tensor:
+        """Where it asked to embed: DTYPE_FP32, shape [width]."""
+
     def __init__(
         self,
         *,
         png: _builtins.bytes = ...,
         seed: _builtins.int = ...,
+        index: _builtins.int = ...,
+        classification: _vit_service_pb2.Classification | None = ...,
+        embedding: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "embedding", b"embedding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["png", b"png", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "embedding", b"embedding", "index", b"index", "png", b"png", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GeneratedImage: _TypeAlias = GeneratedImage  # noqa: Y015
+
+@_typing.final
+class RejectedImage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CLASSIFICATION_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the request's pictures it would have been, from 0."""
+    seed: _builtins.int
+    reason: _builtins.str
+    @_builtins.property
+    def classification(self) -> _vit_service_pb2.Classification: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        classification: _vit_service_pb2.Classification | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "index", b"index", "reason", b"reason", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedImage: _TypeAlias = RejectedImage  # noqa: Y015
 
 @_typing.final
 class GenerateParameters(_message.Message):
@@ -651,6 +812,8 @@ class GenerateParameters(_message.Message):
     GUIDER_FIELD_NUMBER: _builtins.int
     GUIDER_OPTIONS_FIELD_NUMBER: _builtins.int
     LOSSY_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FIELD_NUMBER: _builtins.int
+    EMBEDDER_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     negative_prompt: _builtins.str
     model: _builtins.str
@@ -666,6 +829,9 @@ class GenerateParameters(_message.Message):
     """Where the noise was varied."""
     variation_strength: _builtins.float
     guider: _builtins.str
+    classifier: _builtins.str
+    """The models that looked at the pictures, where the request asked for it."""
+    embedder: _builtins.str
     @_builtins.property
     def backends(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What ran each stage, such as "vae" to "torch"."""
@@ -695,10 +861,12 @@ class GenerateParameters(_message.Message):
         guider: _builtins.str = ...,
         guider_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lossy: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        classifier: _builtins.str = ...,
+        embedder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "variation_seed", b"variation_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "backends", b"backends", "clip_skip", b"clip_skip", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "lossy", b"lossy", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed", "backends", b"backends", "classifier", b"classifier", "clip_skip", b"clip_skip", "embedder", b"embedder", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "lossy", b"lossy", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "variation_seed", b"variation_seed", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__variation_seed: _TypeAlias = _typing.Literal["variation_seed"]  # noqa: Y015
     _WhichOneofArgType__variation_seed: _TypeAlias = _typing.Literal["_variation_seed", b"_variation_seed"]  # noqa: Y015

@@ -26,37 +26,41 @@ from imagemesh.v1 import image_pb2 as imagemesh_dot_v1_dot_image__pb2
 from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/vit_service.proto\x12\x0cimagemesh.v1\x1a\x18imagemesh/v1/image.proto\x1a\x19imagemesh/v1/tensor.proto\"{\n\x15\x43lassifyImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tthreshold\x18\x04 \x01(\x02\x12\x0c\n\x04size\x18\x05 \x01(\r\"o\n\x16\x43lassifyImagesResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.imagemesh.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\"?\n\x0e\x43lassification\x12-\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x18.imagemesh.v1.Prediction\"N\n\nPrediction\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05logit\x18\x04 \x01(\x02\"\xf4\x01\n\x12\x45mbedImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x11\n\tnormalize\x18\x04 \x01(\x08\x12\x15\n\rhidden_states\x18\x05 \x01(\x08\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.imagemesh.v1.Dtype\x12\x0c\n\x04size\x18\x08 \x01(\r\x12\x16\n\x0e\x61ttention_maps\x18\t \x01(\x08\"\xca\x01\n\x13\x45mbedImagesResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12+\n\rhidden_states\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12$\n\x06scales\x18\x05 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0e\x61ttention_maps\x18\x06 \x03(\x0c\"R\n\x1a\x43lassifyImageStreamRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.imagemesh.v1.ClassifyImagesRequest\"\x9d\x01\n\x1b\x43lassifyImageStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x38\n\x08response\x18\x02 \x01(\x0b\x32$.imagemesh.v1.ClassifyImagesResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"L\n\x17\x45mbedImageStreamRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .imagemesh.v1.EmbedImagesRequest\"\x97\x01\n\x18\x45mbedImageStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x35\n\x08response\x18\x02 \x01(\x0b\x32!.imagemesh.v1.EmbedImagesResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\",\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t*E\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOLING_CLS\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02\x32\x94\x03\n\nVitService\x12[\n\x0e\x43lassifyImages\x12#.imagemesh.v1.ClassifyImagesRequest\x1a$.imagemesh.v1.ClassifyImagesResponse\x12R\n\x0b\x45mbedImages\x12 .imagemesh.v1.EmbedImagesRequest\x1a!.imagemesh.v1.EmbedImagesResponse\x12n\n\x13\x43lassifyImageStream\x12(.imagemesh.v1.ClassifyImageStreamRequest\x1a).imagemesh.v1.ClassifyImageStreamResponse(\x01\x30\x01\x12\x65\n\x10\x45mbedImageStream\x12%.imagemesh.v1.EmbedImageStreamRequest\x1a&.imagemesh.v1.EmbedImageStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/vit_service.proto\x12\x0cimagemesh.v1\x1a\x18imagemesh/v1/image.proto\x1a\x19imagemesh/v1/tensor.proto\"*\n\x19\x44\x65scribeClassifierRequest\x12\r\n\x05model\x18\x01 \x01(\t\"U\n\x1a\x44\x65scribeClassifierResponse\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\'\n\x08poolings\x18\x02 \x03(\x0e\x32\x15.imagemesh.v1.Pooling\"{\n\x15\x43lassifyImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\tthreshold\x18\x04 \x01(\x02\x12\x0c\n\x04size\x18\x05 \x01(\r\"o\n\x16\x43lassifyImagesResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.imagemesh.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\"?\n\x0e\x43lassification\x12-\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x18.imagemesh.v1.Prediction\"N\n\nPrediction\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05logit\x18\x04 \x01(\x02\"\xf4\x01\n\x12\x45mbedImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x11\n\tnormalize\x18\x04 \x01(\x08\x12\x15\n\rhidden_states\x18\x05 \x01(\x08\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.imagemesh.v1.Dtype\x12\x0c\n\x04size\x18\x08 \x01(\r\x12\x16\n\x0e\x61ttention_maps\x18\t \x01(\x08\"\xca\x01\n\x13\x45mbedImagesResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12+\n\rhidden_states\x18\x02 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12$\n\x06scales\x18\x05 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\x12\x16\n\x0e\x61ttention_maps\x18\x06 \x03(\x0c\"R\n\x1a\x43lassifyImageStreamRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.imagemesh.v1.ClassifyImagesRequest\"\x9d\x01\n\x1b\x43lassifyImageStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x38\n\x08response\x18\x02 \x01(\x0b\x32$.imagemesh.v1.ClassifyImagesResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\"L\n\x17\x45mbedImageStreamRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .imagemesh.v1.EmbedImagesRequest\"\x97\x01\n\x18\x45mbedImageStreamResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x35\n\x08response\x18\x02 \x01(\x0b\x32!.imagemesh.v1.EmbedImagesResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.imagemesh.v1.StreamErrorH\x00\x42\t\n\x07outcome\",\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t*E\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOLING_CLS\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02\x32\xfd\x03\n\nVitService\x12[\n\x0e\x43lassifyImages\x12#.imagemesh.v1.ClassifyImagesRequest\x1a$.imagemesh.v1.ClassifyImagesResponse\x12R\n\x0b\x45mbedImages\x12 .imagemesh.v1.EmbedImagesRequest\x1a!.imagemesh.v1.EmbedImagesResponse\x12n\n\x13\x43lassifyImageStream\x12(.imagemesh.v1.ClassifyImageStreamRequest\x1a).imagemesh.v1.ClassifyImageStreamResponse(\x01\x30\x01\x12\x65\n\x10\x45mbedImageStream\x12%.imagemesh.v1.EmbedImageStreamRequest\x1a&.imagemesh.v1.EmbedImageStreamResponse(\x01\x30\x01\x12g\n\x12\x44\x65scribeClassifier\x12\'.imagemesh.v1.DescribeClassifierRequest\x1a(.imagemesh.v1.DescribeClassifierResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'imagemesh.v1.vit_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLING']._serialized_start=1458
-  _globals['_POOLING']._serialized_end=1527
-  _globals['_CLASSIFYIMAGESREQUEST']._serialized_start=101
-  _globals['_CLASSIFYIMAGESREQUEST']._serialized_end=224
-  _globals['_CLASSIFYIMAGESRESPONSE']._serialized_start=226
-  _globals['_CLASSIFYIMAGESRESPONSE']._serialized_end=337
-  _globals['_CLASSIFICATION']._serialized_start=339
-  _globals['_CLASSIFICATION']._serialized_end=402
-  _globals['_PREDICTION']._serialized_start=404
-  _globals['_PREDICTION']._serialized_end=482
-  _globals['_EMBEDIMAGESREQUEST']._serialized_start=485
-  _globals['_EMBEDIMAGESREQUEST']._serialized_end=729
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=732
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=934
-  _globals['_CLASSIFYIMAGESTREAMREQUEST']._serialized_start=936
-  _globals['_CLASSIFYIMAGESTREAMREQUEST']._serialized_end=1018
-  _globals['_CLASSIFYIMAGESTREAMRESPONSE']._serialized_start=1021
-  _globals['_CLASSIFYIMAGESTREAMRESPONSE']._serialized_end=1178
-  _globals['_EMBEDIMAGESTREAMREQUEST']._serialized_start=1180
-  _globals['_EMBEDIMAGESTREAMREQUEST']._serialized_end=1256
-  _globals['_EMBEDIMAGESTREAMRESPONSE']._serialized_start=1259
-  _globals['_EMBEDIMAGESTREAMRESPONSE']._serialized_end=1410
-  _globals['_STREAMERROR']._serialized_start=1412
-  _globals['_STREAMERROR']._serialized_end=1456
-  _globals['_VITSERVICE']._serialized_start=1530
-  _globals['_VITSERVICE']._serialized_end=1934
+  _globals['_POOLING']._serialized_start=1589
+  _globals['_POOLING']._serialized_end=1658
+  _globals['_DESCRIBECLASSIFIERREQUEST']._serialized_start=101
+  _globals['_DESCRIBECLASSIFIERREQUEST']._serialized_end=143
+  _globals['_DESCRIBECLASSIFIERRESPONSE']._serialized_start=145
+  _globals['_DESCRIBECLASSIFIERRESPONSE']._serialized_end=230
+  _globals['_CLASSIFYIMAGESREQUEST']._serialized_start=232
+  _globals['_CLASSIFYIMAGESREQUEST']._serialized_end=355
+  _globals['_CLASSIFYIMAGESRESPONSE']._serialized_start=357
+  _globals['_CLASSIFYIMAGESRESPONSE']._serialized_end=468
+  _globals['_CLASSIFICATION']._serialized_start=470
+  _globals['_CLASSIFICATION']._serialized_end=533
+  _globals['_PREDICTION']._serialized_start=535
+  _globals['_PREDICTION']._serialized_end=613
+  _globals['_EMBEDIMAGESREQUEST']._serialized_start=616
+  _globals['_EMBEDIMAGESREQUEST']._serialized_end=860
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=863
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=1065
+  _globals['_CLASSIFYIMAGESTREAMREQUEST']._serialized_start=1067
+  _globals['_CLASSIFYIMAGESTREAMREQUEST']._serialized_end=1149
+  _globals['_CLASSIFYIMAGESTREAMRESPONSE']._serialized_start=1152
+  _globals['_CLASSIFYIMAGESTREAMRESPONSE']._serialized_end=1309
+  _globals['_EMBEDIMAGESTREAMREQUEST']._serialized_start=1311
+  _globals['_EMBEDIMAGESTREAMREQUEST']._serialized_end=1387
+  _globals['_EMBEDIMAGESTREAMRESPONSE']._serialized_start=1390
+  _globals['_EMBEDIMAGESTREAMRESPONSE']._serialized_end=1541
+  _globals['_STREAMERROR']._serialized_start=1543
+  _globals['_STREAMERROR']._serialized_end=1587
+  _globals['_VITSERVICE']._serialized_start=1661
+  _globals['_VITSERVICE']._serialized_end=2170
 # @@protoc_insertion_point(module_scope)

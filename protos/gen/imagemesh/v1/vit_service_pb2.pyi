@@ -46,6 +46,53 @@ POOLING_MEAN: Pooling.ValueType  # 2
 Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 @_typing.final
+class DescribeClassifierRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeClassifierRequest: _TypeAlias = DescribeClassifierRequest  # noqa: Y015
+
+@_typing.final
+class DescribeClassifierResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    POOLINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A label a row of the model's head."""
+
+    @_builtins.property
+    def poolings(self) -> _containers.RepeatedScalarFieldContainer[Global___Pooling.ValueType]:
+        """What it can embed with, its usual one first; none: it embeds nothing."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        poolings: _abc.Iterable[Global___Pooling.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "poolings", b"poolings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeClassifierResponse: _TypeAlias = DescribeClassifierResponse  # noqa: Y015
+
+@_typing.final
 class ClassifyImagesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -55,6 +55,11 @@ class VitServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.FromString,
                 _registered_method=True)
+        self.DescribeClassifier = channel.unary_unary(
+                '/imagemesh.v1.VitService/DescribeClassifier',
+                request_serializer=imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierResponse.FromString,
+                _registered_method=True)
 
 
 class VitServiceServicer:
@@ -89,6 +94,13 @@ class VitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeClassifier(self, request, context):
+        """Tells what a model can say of pictures; loads it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VitServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_VitServiceServicer_to_server(servicer, server):
                     servicer.EmbedImageStream,
                     request_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.SerializeToString,
+            ),
+            'DescribeClassifier': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeClassifier,
+                    request_deserializer=imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class VitService:
             '/imagemesh.v1.VitService/EmbedImageStream',
             imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamRequest.SerializeToString,
             imagemesh_dot_v1_dot_vit__service__pb2.EmbedImageStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeClassifier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.VitService/DescribeClassifier',
+            imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierRequest.SerializeToString,
+            imagemesh_dot_v1_dot_vit__service__pb2.DescribeClassifierResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class VitServiceStub:
     """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's."""
     EmbedImageStream: _grpc.StreamStreamMultiCallable[_vit_service_pb2.EmbedImageStreamRequest, _vit_service_pb2.EmbedImageStreamResponse]
     """EmbedImages for long lists, likewise."""
+    DescribeClassifier: _grpc.UnaryUnaryMultiCallable[_vit_service_pb2.DescribeClassifierRequest, _vit_service_pb2.DescribeClassifierResponse]
+    """Tells what a model can say of pictures; loads it."""
 
 @_typing.type_check_only
 class VitServiceAsyncStub(VitServiceStub):
@@ -55,6 +57,8 @@ class VitServiceAsyncStub(VitServiceStub):
     """ClassifyImages for long lists: each message is answered by one, in order; a failure is its own message's."""
     EmbedImageStream: _aio.StreamStreamMultiCallable[_vit_service_pb2.EmbedImageStreamRequest, _vit_service_pb2.EmbedImageStreamResponse]  # type: ignore[assignment]
     """EmbedImages for long lists, likewise."""
+    DescribeClassifier: _aio.UnaryUnaryMultiCallable[_vit_service_pb2.DescribeClassifierRequest, _vit_service_pb2.DescribeClassifierResponse]  # type: ignore[assignment]
+    """Tells what a model can say of pictures; loads it."""
 
 class VitServiceServicer(metaclass=_abc_1.ABCMeta):
     """Understands pictures with a Vision Transformer (https://arxiv.org/abs/2010.11929)."""
@@ -90,5 +94,13 @@ class VitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_vit_service_pb2.EmbedImageStreamResponse], _abc.AsyncIterator[_vit_service_pb2.EmbedImageStreamResponse]]:
         """EmbedImages for long lists, likewise."""
+
+    @_abc_1.abstractmethod
+    def DescribeClassifier(
+        self,
+        request: _vit_service_pb2.DescribeClassifierRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vit_service_pb2.DescribeClassifierResponse, _abc.Awaitable[_vit_service_pb2.DescribeClassifierResponse]]:
+        """Tells what a model can say of pictures; loads it."""
 
 def add_VitServiceServicer_to_server(servicer: VitServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
