@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
 from imagemesh.v1 import diffusion_service_pb2, text_encoder_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.ahead import ahead
 from imagemesh_gateway.controls import Controls, prepare_controls
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.mesh import Mesh
@@ -23,6 +25,9 @@ from imagemesh_gateway.sources import Sources, lay_over
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.tensors import Array
+
+# Of one sampler's events; they wait for a caller who is slow to take them, and the sampler doesn't.
+_EVENTS_AHEAD: Final = 64
 
 SampleResult = diffusion_service_pb2.SampleResult
 EncodedText = text_encoder_service_pb2.EncodeTextResponse
@@ -172,7 +177,7 @@ async def _denoise(
         stream = sample(
             mesh.diffusion, request, ledger.hop(f"diffusion{turn.suffix}"), ledger.metrics, mesh.checkpoint_every
         )
-        async with aclosing(stream) as responses:
+        async with aclosing(ahead(stream, _EVENTS_AHEAD)) as responses:
             async for response in responses:
                 kind = response.WhichOneof("event")
                 if kind == "queued" and not turn.before:

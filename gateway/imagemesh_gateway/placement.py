@@ -1,8 +1,10 @@
 """Where a generation is sampled: on one replica, and when that goes away, on another from the last checkpoint."""
 
+import asyncio
 import logging
+import secrets
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,7 +15,8 @@ from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import Hangs, MeshError, RemoteError
+from imagemesh_runtime.context import current_call
+from imagemesh_runtime.errors import Deadly, Hangs, MeshError, RemoteError
 from imagemesh_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,16 @@ class _Journey:
 
     def may_move(self, peers: int) -> bool:
         """Whether there is another attempt, after ``note``; ``peers``: how many replicas there are."""
-        return peers > 1 and self.deaths <= MAX_MOVES and len(self.gone) < peers + MAX_MOVES
+        return peers > 1 and len(self.gone) < peers + MAX_MOVES
+
+    def pause(self, error: MeshError) -> float | None:
+        """Seconds to wait where one that has lost its place finds no other at once; None: that isn't the error."""
+        pause, remaining = error.retry_after() if self.gone else None, current_call().remaining()
+        return pause if pause is None or remaining is None or pause < remaining else None
+
+
+# A replica may hold a confirmation up for as long as it waits for one.
+_CONFIRM_SECONDS: Final = 2.0
 
 
 async def sample(
@@ -50,6 +62,7 @@ async def sample(
     """The events of ``Sample`` until its result, without what is for here: the checkpoints are kept.
 
     Raises:
+        Deadly: it may be the request at which its replicas broke down.
         MeshError: the request's own fault, or the replicas went away once too often.
     """
     request.checkpoint_every = checkpoint_every if len(replicas.peers) > 1 else 0
@@ -67,9 +80,15 @@ async def sample(
                 log.warning("%s can't go on from the checkpoint; the generation starts again: %s", peer.address, error)
                 request.ClearField("resume_from")
                 continue
+            if (pause := journey.pause(error)) is not None:
+                log.warning("diffusion at %s is full; the generation waits %.1f s to go on", peer.address, pause)
+                await asyncio.sleep(pause)
+                continue
             if not _is_lost(error):
                 raise
             journey.note(peer, error)
+            if journey.deaths > MAX_MOVES:
+                raise Deadly("diffusion", journey.deaths) from error
             if not journey.may_move(len(replicas.peers)):
                 raise
             replicas.note_failure(peer)
@@ -82,10 +101,12 @@ async def sample(
 async def _follow(
     peer: Peer, request: pb.SampleRequest, hop: Hop, journey: _Journey
 ) -> AsyncGenerator[pb.SampleResponse, None]:
-    """One replica's events; the request is kept ready to go on from the last checkpoint."""
+    """One replica's events; the request is kept ready to go on from the last checkpoint, and the replica told so."""
     stub = rpc.DiffusionServiceStub(peer.channel)
     asked = pb.SampleRequest()
     asked.CopyFrom(request)
+    if request.checkpoint_every:
+        asked.confirm_as = secrets.token_hex(16)
     journey.running = False
     async with aclosing(peer.stream(stub.Sample, asked, hop)) as responses:
         async for response in responses:
@@ -93,8 +114,16 @@ async def _follow(
             journey.running |= kind != "queued"
             if kind == "checkpoint":
                 request.resume_from.CopyFrom(response.checkpoint)
+                await _confirm(peer, stub, asked.confirm_as, response.checkpoint.evaluation)
             elif kind != "started":
                 yield response
+
+
+async def _confirm(peer: Peer, stub: rpc.DiffusionServiceStub, confirm_as: str, evaluation: int) -> None:
+    """A replica that isn't told goes on a little later; why it can't be is for its stream to say."""
+    request = pb.ConfirmCheckpointRequest(confirm_as=confirm_as, evaluation=evaluation)
+    with suppress(MeshError):
+        await peer.unary(stub.ConfirmCheckpoint, request, timeout_seconds=_CONFIRM_SECONDS)
 
 
 def _is_lost(error: MeshError) -> bool:

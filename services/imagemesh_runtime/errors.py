@@ -8,7 +8,8 @@ MeshError                  INTERNAL
 │   └── TooMuchAhead       RESOURCE_EXHAUSTED    RetryInfo: when to come back
 ├── TooLarge               RESOURCE_EXHAUSTED
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
-│   └── Hangs              UNAVAILABLE           ErrorInfo: which service, with a reason of its own
+│   ├── Hangs              UNAVAILABLE           ErrorInfo: which service, with a reason of its own
+│   └── Deadly             UNAVAILABLE           ErrorInfo: likewise
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
 ├── PermissionDenied       PERMISSION_DENIED
@@ -175,6 +176,19 @@ class Hangs(Unavailable):
 
     def __init__(self, service: str) -> None:
         super().__init__(service, "its device hangs at this call")
+
+    def details(self) -> Sequence[Message]:
+        info = error_details_pb2.ErrorInfo(reason=self.REASON, domain=DOMAIN, metadata={"service": self.service})
+        return (info,)
+
+
+class Deadly(Unavailable):
+    """So many replicas broke down at one request that it must not be made again: it may be what they broke down of."""
+
+    REASON = "DEADLY"
+
+    def __init__(self, service: str, replicas: int) -> None:
+        super().__init__(service, f"{replicas} replicas broke down at this request, and no other is tried")
 
     def details(self) -> Sequence[Message]:
         info = error_details_pb2.ErrorInfo(reason=self.REASON, domain=DOMAIN, metadata={"service": self.service})

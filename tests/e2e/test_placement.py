@@ -1,5 +1,7 @@
 """Where the gateway takes a generation whose replica goes away, against samplers that do as the test says."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -12,7 +14,8 @@ from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.placement import MAX_MOVES, sample
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import Hangs, InvalidArgument, MeshError, Unavailable
+from imagemesh_runtime.context import CallContext, set_current_call
+from imagemesh_runtime.errors import Deadly, Hangs, InvalidArgument, MeshError, Overloaded, Unavailable
 from imagemesh_runtime.interceptors import LayeredInterceptor, errors_layer
 from imagemesh_runtime.metrics import Metrics
 
@@ -30,6 +33,13 @@ class Sampler(rpc.DiffusionServiceServicer):
     def __init__(self, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
         self.asked: list[pb.SampleRequest] = []
+        self.confirmed: asyncio.Queue[pb.ConfirmCheckpointRequest] = asyncio.Queue()
+
+    async def ConfirmCheckpoint(
+        self, request: pb.ConfirmCheckpointRequest, context: Any
+    ) -> pb.ConfirmCheckpointResponse:
+        self.confirmed.put_nowait(request)
+        return pb.ConfirmCheckpointResponse()
 
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncIterator[pb.SampleResponse]:
         self.asked.append(request)
@@ -133,6 +143,7 @@ async def test_one_that_kills_its_replicas_stops_after_two_moves_the_last_alone(
         with pytest.raises(MeshError) as caught:
             await run(replicas)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert isinstance(caught.value, Deadly)
         asked = [one for sampler in samplers for one in sampler.asked]
         assert len(asked) == MAX_MOVES + 1
         assert max(len(sampler.asked) for sampler in samplers) == 1  # never twice at one
@@ -156,7 +167,64 @@ async def test_where_every_replica_is_gone_the_caller_is_told(innocent: Behaviou
         with pytest.raises(MeshError) as caught:
             await run(replicas)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert not isinstance(caught.value, Deadly)
         assert sum(len(sampler.asked) for sampler in samplers) == 2 + MAX_MOVES
+
+
+async def test_the_replica_is_told_of_each_checkpoint_that_has_arrived() -> None:
+    async with fleet(finishes, finishes) as (samplers, replicas):
+
+        async def waits(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+            for evaluation in (3, 6):
+                yield pb.SampleResponse(checkpoint=pb.SampleCheckpoint(evaluation=evaluation))
+                told = await asyncio.wait_for(samplers[0].confirmed.get(), 30)
+                assert (told.confirm_as, told.evaluation) == (request.confirm_as, evaluation)
+            async for response in finishes(request):
+                yield response
+
+        samplers[0].behaviour = waits
+        replicas.note_failure(replicas.peers[1])
+        for _ in range(2):
+            await run(replicas)
+        names = {one.confirm_as for one in samplers[0].asked}
+        assert len(names) == 2
+        assert all(len(name) >= 32 for name in names)
+
+
+def full_at_first(times: int) -> Behaviour:
+    """Has no place for so many who ask."""
+    left = iter(range(times))
+
+    async def behaviour(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+        if next(left, None) is not None:
+            raise Overloaded("diffusion", 1, 0.01)
+        async for response in finishes(request):
+            yield response
+
+    return behaviour
+
+
+async def test_one_that_lost_its_replica_waits_for_a_place_at_another_and_loses_no_step() -> None:
+    async with fleet(hands_back, full_at_first(2)) as (samplers, replicas):
+        replicas.note_failure(replicas.peers[1])  # so that it comes last
+        assert (await run(replicas)).evaluations == 3
+        assert [len(sampler.asked) for sampler in samplers] == [1, 3]
+
+
+async def test_one_that_never_had_a_place_is_told_that_there_is_none() -> None:
+    async with fleet(full_at_first(2), full_at_first(2)) as (samplers, replicas):
+        with pytest.raises(MeshError, match="is full"):
+            await run(replicas)
+        assert sum(len(sampler.asked) for sampler in samplers) == 1
+
+
+async def test_nobody_waits_for_a_place_beyond_its_deadline() -> None:
+    async with fleet(hands_back, full_at_first(100)) as (_, replicas):
+        replicas.note_failure(replicas.peers[1])
+        set_current_call(CallContext(deadline=time.monotonic() + 0.4))
+        with pytest.raises(MeshError) as caught:
+            await asyncio.wait_for(run(replicas), 30)
+        assert caught.value.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 async def test_a_replica_of_another_build_starts_the_generation_again() -> None:

@@ -1,6 +1,7 @@
 """Requests share every step, and none of them shows in another's picture."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_services.diffusion.backend import Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.backends.fake import FakeDiffusionModel, FakeRun
 from imagemesh_services.diffusion.engine import Engine
-from imagemesh_services.diffusion.generation import Finished, Frozen, Progress, Queued, Terms
+from imagemesh_services.diffusion.generation import SENDING_SECONDS, Finished, Frozen, Progress, Queued, Terms
 from tests.support.mesh import running_mesh
 from tests.support.reference import draw, worst
 
@@ -191,6 +192,23 @@ async def test_nothing_is_done_beyond_a_checkpoint_that_was_not_taken(engine: En
     assert len(model.forwards) == 2
     assert isinstance([event async for event in run][-1], Finished)
     assert len(model.forwards) == 6
+
+
+async def test_whoever_confirms_its_checkpoints_goes_on_when_it_has_and_no_sooner(engine: Engine) -> None:
+    model, stages = Counting(), []
+    async for event in engine.sample(model, inputs(steps=6), None, Terms(every=2, confirm_as="me")):
+        if isinstance(event, Frozen):
+            taken = event.checkpoint.evaluation
+            for name, evaluation in (("", taken), ("you", taken), ("me", taken - 1), ("me", taken + 1)):
+                engine.confirm(name, evaluation)
+            await finish(engine, Counting(), inputs(steps=20, seed=2))  # the engine is free for others meanwhile
+            stages.append((taken, len(model.forwards)))
+            engine.confirm("me", taken)
+            begun = time.perf_counter()
+    assert stages == [(2, 2), (4, 4)]
+    assert len(model.forwards) == 6
+    assert time.perf_counter() - begun < SENDING_SECONDS
+    assert engine._active == []
 
 
 async def test_those_who_share_a_forward_still_do_after_their_checkpoints(engine: Engine) -> None:

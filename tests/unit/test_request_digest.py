@@ -32,5 +32,5 @@ def test_an_ip_adapters_weights_tell_requests_apart() -> None:
 def test_how_a_request_is_run_does_not() -> None:
     run = request()
     run.priority, run.checkpoint_every, run.alone = priority_pb2.PRIORITY_BATCH, 7, True
-    run.resume_from.evaluation = 3
+    run.resume_from.evaluation, run.confirm_as = 3, "me"
     assert request_digest(run) == request_digest(request())

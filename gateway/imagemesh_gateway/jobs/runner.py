@@ -15,7 +15,7 @@ from imagemesh_gateway.jobs.board import Board, Running
 from imagemesh_gateway.jobs.record import Record
 from imagemesh_gateway.jobs.store_thread import StoreThread
 from imagemesh_runtime.context import CallContext, set_current_call
-from imagemesh_runtime.errors import DeadlineExceeded, InternalError, MeshError, Unavailable
+from imagemesh_runtime.errors import DeadlineExceeded, Deadly, InternalError, MeshError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,12 @@ class Runner:
         raise Unavailable("gateway", "ended the generation without a result")
 
     async def _retry_or_fail(self, record: Record, error: MeshError) -> None:
-        """A service that is away or full may be back later; the job has time, unless it has a deadline."""
+        """A service that is away or full may be back later; the job has time, unless it has a deadline.
+
+        One that its samplers may have broken down of has had its attempts.
+        """
         pause = error.retry_after()
-        if pause is None and error.code is grpc.StatusCode.UNAVAILABLE:
+        if pause is None and error.code is grpc.StatusCode.UNAVAILABLE and not isinstance(error, Deadly):
             pause = min(_RETRY_SECONDS * 2**record.failures, _MAX_RETRY_SECONDS)
         # A full queue says that others are ahead, which is nobody's failure.
         failed = error.code is grpc.StatusCode.UNAVAILABLE

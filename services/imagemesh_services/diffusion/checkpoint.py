@@ -19,7 +19,7 @@ FIELD = "resume_from"
 MAX_TENSORS = 256
 MAX_STATE_CHARACTERS = 1 << 20
 # Of a request, what says how to run it and not what to make.
-_HOW = ("resume_from", "checkpoint_every", "alone", "priority")
+_HOW = ("resume_from", "checkpoint_every", "confirm_as", "alone", "priority")
 
 
 @dataclass(frozen=True)

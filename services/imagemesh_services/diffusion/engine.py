@@ -121,8 +121,8 @@ class Engine:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
-                if isinstance(event, Frozen):  # it is sent, now that the caller asks for more
-                    generation.frozen_at = None
+                if isinstance(event, Frozen) and not generation.terms.confirm_as:
+                    generation.frozen_at = None  # it is sent, now that the caller asks for more
                     self._changed.set()
                 if isinstance(event, Finished):
                     return
@@ -131,6 +131,13 @@ class Engine:
             if generation.residuals is not None:
                 generation.residuals.give_up()  # the lane may be waiting for them
             self._wake()
+
+    def confirm(self, confirm_as: str, evaluation: int) -> None:
+        """The checkpoint of whoever confirms under that name has arrived."""
+        for one in self._active:
+            if confirm_as and (one.terms.confirm_as, one.evaluated) == (confirm_as, evaluation):
+                one.frozen_at = None
+        self._changed.set()
 
     async def hand_back(self) -> None:
         """Give back whoever can go on elsewhere, at the next step boundary, with a last checkpoint.
@@ -199,18 +206,17 @@ class Engine:
                     self._between = True
                 elif self._active:
                     self._tell_backlog()
-                    await self._wait()
+                    await self._wait(SENDING_SECONDS if any(one.sending for one in self._active) else None)
             self._tell_backlog()
         except Exception as error:
             # Not a request's fault but the engine's own: nobody is left to wait for ever.
             log.exception("the engine failed; every generation here ends")
             self._end_all(error)
 
-    async def _wait(self) -> None:
-        """Until there may be something to do."""
-        sending = any(one.sending for one in self._active)
+    async def _wait(self, seconds: float | None) -> None:
+        """Until there may be something to do, or for so long."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(SENDING_SECONDS if sending else None):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
     async def _send(self, batch: Sequence[Generation]) -> None:
@@ -218,9 +224,7 @@ class Engine:
         until = perf_counter() + _TOGETHER_SECONDS
         while any(one.sending and not one.gone for one in batch) and perf_counter() < until:
             self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_TOGETHER_SECONDS):
-                    await self._changed.wait()
+            await self._wait(_TOGETHER_SECONDS)
 
     def _drop_gone(self) -> None:
         self._waiting = deque(one for one in self._waiting if not one.gone)

@@ -78,6 +78,7 @@ class Terms:
         resume_from: where it was on the replica before.
         alone: it may take its replica down with it, so nobody else runs beside it.
         preview_every: steps between two previews; 0: none.
+        confirm_as: the name under which a checkpoint is said to have arrived; "": it is taken to when it is sent.
     """
 
     patience: float = PATIENCE["normal"]
@@ -85,6 +86,7 @@ class Terms:
     resume_from: Checkpoint | None = None
     alone: bool = False
     preview_every: int = 0
+    confirm_as: str = ""
 
 
 def work_of(inputs: SampleInputs, kind: Hashable, behind: int, evaluations: int) -> Work:

@@ -35,6 +35,7 @@ from imagemesh_services.diffusion.thrift import read_savings
 _MOMENTS = ("image_mean", "image_log_variance")
 _MASKED = ("masked_image_mean", "masked_image_log_variance")
 _INPUTS = (*_MOMENTS, "image_latents", "mask", *_MASKED)
+_MAX_CONFIRM_AS = 64
 # As torch's ``interpolate`` calls them.
 LATENT_RESIZES = ("bilinear", "nearest", "nearest-exact", "bicubic")
 
@@ -170,8 +171,11 @@ def read_terms(request: pb.SampleRequest, fingerprint: str) -> Terms:
     if request.priority not in _PRIORITIES:
         raise InvalidArgument("priority", request.priority, ", ".join(map(Priority.Name, _PRIORITIES)))
     check_range("preview_every", request.preview_every, 0, MAX_STEPS)
+    check_range("confirm_as", len(request.confirm_as), 0, _MAX_CONFIRM_AS)
     patience = PATIENCE[_PRIORITIES[request.priority]]
-    return Terms(patience, request.checkpoint_every, resume_from, request.alone, request.preview_every)
+    return Terms(
+        patience, request.checkpoint_every, resume_from, request.alone, request.preview_every, request.confirm_as
+    )
 
 
 def _phases(request: pb.SampleRequest) -> dict[str, Array]:

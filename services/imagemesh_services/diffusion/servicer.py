@@ -90,6 +90,12 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
                 self._metrics.cancelled.inc()
             raise
 
+    async def ConfirmCheckpoint(
+        self, request: pb.ConfirmCheckpointRequest, context: Any
+    ) -> pb.ConfirmCheckpointResponse:
+        self.engine.confirm(request.confirm_as, request.evaluation)
+        return pb.ConfirmCheckpointResponse()
+
     async def ListSchedulers(self, request: pb.ListSchedulersRequest, context: Any) -> pb.ListSchedulersResponse:
         infos = [
             pb.SchedulerInfo(

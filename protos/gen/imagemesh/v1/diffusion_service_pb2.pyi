@@ -131,6 +131,7 @@ class SampleRequest(_message.Message):
     REFERENCES_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     CONTROL_SAVINGS_FIELD_NUMBER: _builtins.int
+    CONFIRM_AS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     width: _builtins.int
     """Size of the picture in pixels, multiples of what the model's card says."""
@@ -161,6 +162,11 @@ class SampleRequest(_message.Message):
     """"bilinear" (the default), "nearest", "nearest-exact" or "bicubic", as torch's interpolate does them."""
     guider: _builtins.str
     """A name from ListGuiders, or a diffusers class name; empty: "CFG"."""
+    confirm_as: _builtins.str
+    """A name of the caller's that nobody guesses, at most 64 characters: after each SampleCheckpoint the generation waits until
+    ConfirmCheckpoint says under this name that it has arrived, or for two seconds. What was sent may be lost with the replica,
+    and no more than checkpoint_every evaluations are then done twice. Empty: it waits only until the checkpoint is sent.
+    """
     @_builtins.property
     def conditioning(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """What the text encoder answered: "prompt_embeds" and whatever else the model's family has, and for guidance_scale > 1 the same
@@ -245,10 +251,11 @@ class SampleRequest(_message.Message):
         references: _abc.Iterable[Global___Reference] | None = ...,
         features: _abc.Iterable[Global___PictureFeatures] | None = ...,
         control_savings: Global___ControlSavings | None = ...,
+        confirm_as: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["control_savings", b"control_savings", "resume_from", b"resume_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "control_savings", b"control_savings", "controls", b"controls", "features", b"features", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "references", b"references", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "checkpoint_every", b"checkpoint_every", "conditioning", b"conditioning", "confirm_as", b"confirm_as", "control_savings", b"control_savings", "controls", b"controls", "features", b"features", "guidance_scale", b"guidance_scale", "guider", b"guider", "guider_options", b"guider_options", "height", b"height", "inputs", b"inputs", "latent_resize", b"latent_resize", "model", b"model", "preview_every", b"preview_every", "priority", b"priority", "references", b"references", "resume_from", b"resume_from", "scheduler", b"scheduler", "scheduler_options", b"scheduler_options", "seeds", b"seeds", "steps", b"steps", "strength", b"strength", "variation_seeds", b"variation_seeds", "variation_strength", b"variation_strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,6 +544,44 @@ class SampleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___SampleResponse: _TypeAlias = SampleResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmCheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIRM_AS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    confirm_as: _builtins.str
+    """The request's confirm_as, and the checkpoint's evaluation."""
+    evaluation: _builtins.int
+    def __init__(
+        self,
+        *,
+        confirm_as: _builtins.str = ...,
+        evaluation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_as", b"confirm_as", "evaluation", b"evaluation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmCheckpointRequest: _TypeAlias = ConfirmCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmCheckpointResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmCheckpointResponse: _TypeAlias = ConfirmCheckpointResponse  # noqa: Y015
 
 @_typing.final
 class SampleQueued(_message.Message):

@@ -40,6 +40,11 @@ class DiffusionServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.SampleRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.SampleResponse.FromString,
                 _registered_method=True)
+        self.ConfirmCheckpoint = channel.unary_unary(
+                '/imagemesh.v1.DiffusionService/ConfirmCheckpoint',
+                request_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointResponse.FromString,
+                _registered_method=True)
         self.ListSchedulers = channel.unary_unary(
                 '/imagemesh.v1.DiffusionService/ListSchedulers',
                 request_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ListSchedulersRequest.SerializeToString,
@@ -58,6 +63,14 @@ class DiffusionServiceServicer:
 
     def Sample(self, request, context):
         """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmCheckpoint(self, request, context):
+        """Says that a checkpoint has arrived, so that its generation goes on: see SampleRequest.confirm_as. Of one that has ended
+        nothing is said.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +97,11 @@ def add_DiffusionServiceServicer_to_server(servicer, server):
                     servicer.Sample,
                     request_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.SampleRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.SampleResponse.SerializeToString,
+            ),
+            'ConfirmCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmCheckpoint,
+                    request_deserializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointResponse.SerializeToString,
             ),
             'ListSchedulers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSchedulers,
@@ -124,6 +142,33 @@ class DiffusionService:
             '/imagemesh.v1.DiffusionService/Sample',
             imagemesh_dot_v1_dot_diffusion__service__pb2.SampleRequest.SerializeToString,
             imagemesh_dot_v1_dot_diffusion__service__pb2.SampleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imagemesh.v1.DiffusionService/ConfirmCheckpoint',
+            imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointRequest.SerializeToString,
+            imagemesh_dot_v1_dot_diffusion__service__pb2.ConfirmCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

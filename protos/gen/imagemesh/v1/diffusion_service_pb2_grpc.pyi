@@ -35,6 +35,10 @@ class DiffusionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DiffusionServiceAsyncStub: ...
     Sample: _grpc.UnaryStreamMultiCallable[_diffusion_service_pb2.SampleRequest, _diffusion_service_pb2.SampleResponse]
     """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step."""
+    ConfirmCheckpoint: _grpc.UnaryUnaryMultiCallable[_diffusion_service_pb2.ConfirmCheckpointRequest, _diffusion_service_pb2.ConfirmCheckpointResponse]
+    """Says that a checkpoint has arrived, so that its generation goes on: see SampleRequest.confirm_as. Of one that has ended
+    nothing is said.
+    """
     ListSchedulers: _grpc.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListSchedulersRequest, _diffusion_service_pb2.ListSchedulersResponse]
     """Lists the schedulers that Sample takes."""
     ListGuiders: _grpc.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListGuidersRequest, _diffusion_service_pb2.ListGuidersResponse]
@@ -47,6 +51,10 @@ class DiffusionServiceAsyncStub(DiffusionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Sample: _aio.UnaryStreamMultiCallable[_diffusion_service_pb2.SampleRequest, _diffusion_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step."""
+    ConfirmCheckpoint: _aio.UnaryUnaryMultiCallable[_diffusion_service_pb2.ConfirmCheckpointRequest, _diffusion_service_pb2.ConfirmCheckpointResponse]  # type: ignore[assignment]
+    """Says that a checkpoint has arrived, so that its generation goes on: see SampleRequest.confirm_as. Of one that has ended
+    nothing is said.
+    """
     ListSchedulers: _aio.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListSchedulersRequest, _diffusion_service_pb2.ListSchedulersResponse]  # type: ignore[assignment]
     """Lists the schedulers that Sample takes."""
     ListGuiders: _aio.UnaryUnaryMultiCallable[_diffusion_service_pb2.ListGuidersRequest, _diffusion_service_pb2.ListGuidersResponse]  # type: ignore[assignment]
@@ -62,6 +70,16 @@ class DiffusionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_diffusion_service_pb2.SampleResponse], _abc.AsyncIterator[_diffusion_service_pb2.SampleResponse]]:
         """Runs one generation and reports as it goes. Ending the call stops the sampler before its next step."""
+
+    @_abc_1.abstractmethod
+    def ConfirmCheckpoint(
+        self,
+        request: _diffusion_service_pb2.ConfirmCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_diffusion_service_pb2.ConfirmCheckpointResponse, _abc.Awaitable[_diffusion_service_pb2.ConfirmCheckpointResponse]]:
+        """Says that a checkpoint has arrived, so that its generation goes on: see SampleRequest.confirm_as. Of one that has ended
+        nothing is said.
+        """
 
     @_abc_1.abstractmethod
     def ListSchedulers(
