@@ -33,7 +33,7 @@ def _report(error: Exception) -> int:
     if os.environ.get("IMAGEMESH_LOG_LEVEL", "").upper() == "DEBUG":
         traceback.print_exception(error)
     if isinstance(error, ModuleNotFoundError):
-        extra = "openvino" if error.name == "openvino" else "all"
+        extra = {"openvino": "openvino", "pyarrow": "parquet"}.get(error.name or "", "all")
         print(f"imagemesh: needs the package {error.name}: pip install 'imagemesh[{extra}]'", file=sys.stderr)
         return EXIT_FAILURE
     from grpc import StatusCode

@@ -60,6 +60,36 @@ def duplicates(args: Namespace) -> int:
     return 0
 
 
+def clusters(args: Namespace) -> int:
+    """Part an index's pictures into groups that are alike."""
+    with Client(args.server, timeout=args.timeout) as client:
+        found = client.indexes.clusters(args.index, args.clusters, seed=args.seed)
+    if args.json:
+        members = [
+            {"id": one, "cluster": cluster, "similarity": similarity}
+            for one, (cluster, similarity) in sorted(found.members.items(), key=lambda item: (item[1][0], -item[1][1]))
+        ]
+        print_json({"clusters": [asdict(group) for group in found.groups], "pictures": members})
+        return 0
+    rows = [
+        (str(i), f"{group.count:,}", f"{group.mean_similarity:.4f}", group.example)
+        for i, group in enumerate(found.groups)
+    ]
+    print_table(("CLUSTER", "PICTURES", "LIKENESS", "EXAMPLE"), rows)
+    return 0
+
+
+def vectors(args: Namespace) -> int:
+    """Write an index's vectors to a Parquet file."""
+    with Client(args.server, timeout=args.timeout) as client:
+        count = client.indexes.export(args.index, args.output)
+    if args.json:
+        print_json({"file": str(args.output), "count": count})
+    else:
+        print(f"{args.output}: {counted(count, 'picture')}")
+    return 0
+
+
 def indexes(args: Namespace) -> int:
     """List the indexes, or delete one."""
     with Client(args.server, timeout=args.timeout) as client:

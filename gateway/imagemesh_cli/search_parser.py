@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from imagemesh_cli.option_types import file, file_or_folder, number, whole
+from imagemesh_cli.option_types import file, file_or_folder, file_to_write, number, whole
 
 DEFAULT_INDEX: Final = "pictures"
 
@@ -42,6 +42,22 @@ def _add_duplicates(parser: ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole(1, 10_000), default=1000, metavar="N", help="most pairs (default: 1000)")
 
 
+def _add_clusters(parser: ArgumentParser) -> None:
+    """``imagemesh clusters``."""
+    _index(parser)
+    parser.add_argument("--clusters", type=whole(1, 1000), default=8, metavar="K", help="how many (default: 8)")
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="the same again parts the "
+        "same pictures the same (default: 0)")  # fmt: skip
+
+
+def _add_vectors(parser: ArgumentParser) -> None:
+    """``imagemesh vectors``."""
+    _index(parser)
+    parser.add_argument(
+        "-o", "--output", type=file_to_write, required=True, metavar="FILE", help="to write, as Parquet"
+    )
+
+
 def _add_indexes(parser: ArgumentParser) -> None:
     """``imagemesh indexes``."""
     parser.add_argument("--delete", metavar="NAME", help="delete this one, with all that is in it")
@@ -56,5 +72,7 @@ SEARCH_COMMANDS: Final[Mapping[str, tuple[str, Callable[[ArgumentParser], None]]
     "index": ("put a folder's pictures into an index, to search them", _add_index),
     "search": ("find the pictures of an index that are most like one", _add_search),
     "duplicates": ("find an index's pictures that are nearly the same", _add_duplicates),
+    "clusters": ("part an index's pictures into groups that are alike", _add_clusters),
+    "vectors": ("write an index's vectors to a Parquet file, for other programs", _add_vectors),
     "indexes": ("list the indexes, or delete one", _add_indexes),
 }

@@ -14,7 +14,7 @@ from imagemesh_client.images import ImageInput
 from imagemesh_client.job_types import Job, JobFailure, JobOptions
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor, PreprocessorParameter
 from imagemesh_client.requests import GenerateOptions
-from imagemesh_client.search import Duplicate, Index, Match
+from imagemesh_client.search import Clustering, Duplicate, Group, Index, Match
 from imagemesh_client.sync import Client
 from imagemesh_client.types import (
     Choice,
@@ -50,6 +50,7 @@ __all__ = [
     "Classification",
     "Classify",
     "Client",
+    "Clustering",
     "Control",
     "ControlSavings",
     "DeadlineExceeded",
@@ -61,6 +62,7 @@ __all__ = [
     "GenerateOptions",
     "GeneratedImage",
     "Generation",
+    "Group",
     "Hires",
     "ImageInput",
     "Index",

@@ -1,7 +1,9 @@
 """Indexes of pictures, and what is found in them."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from imagemesh.v1 import search_service_pb2 as pb
@@ -12,6 +14,7 @@ from imagemesh_client.types import PoolingName
 from imagemesh_client.vision import MAX_IMAGES, POOLINGS, pictures
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.tensors import Array, from_proto
 
 _POOLING_NAMES: dict[int, PoolingName] = {value: name for name, value in POOLINGS.items()}
 
@@ -50,6 +53,29 @@ class Duplicate:
     first: str
     second: str
     similarity: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures of an index that are alike.
+
+    Attributes:
+        count: how many.
+        example: the one that is most like the group's centre.
+        mean_similarity: of its pictures to the centre.
+    """
+
+    count: int
+    example: str
+    mean_similarity: float
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Groups, the largest first, and of each picture its group's number and its likeness to that group's centre."""
+
+    groups: tuple[Group, ...]
+    members: Mapping[str, tuple[int, float]]
 
 
 class AsyncIndexes:
@@ -116,6 +142,53 @@ class AsyncIndexes:
         peer = self._connect()
         answer = await peer.unary(rpc.SearchServiceStub(peer.channel).FindDuplicates, request)
         return [Duplicate(one.first_id, one.second_id, one.similarity) for one in answer.pairs]
+
+    async def vectors(self, index: str) -> AsyncGenerator[tuple[Sequence[str], Array], None]:
+        """All ids of an index with their vectors of length 1, float32 [ids, width], in pieces, in no order."""
+        async with aclosing(self._export(index)) as answers:
+            async for answer in answers:
+                if answer.ids:
+                    yield list(answer.ids), from_proto(answer.vectors, "vectors", dtypes=["float32"]).copy()
+
+    async def export(self, index: str, path: str | os.PathLike[str]) -> int:
+        """Write an index to a Parquet file for other programs; how many pictures.
+
+        The columns are "id" and "vector", a list of ``width`` float32; the schema's metadata tells of the index. The
+        file is there once it is whole. Needs ``pip install 'imagemesh[parquet]'``.
+        """
+        from imagemesh_client.parquet import ParquetFile
+
+        async with aclosing(self._export(index)) as answers:
+            first = await anext(answers)
+            file = await asyncio.to_thread(ParquetFile, path, _index(first.index))
+            try:
+                async for answer in answers:
+                    vectors = from_proto(answer.vectors, "vectors", dtypes=["float32"], shape=(len(answer.ids), None))
+                    await asyncio.to_thread(file.add, answer.ids, vectors)
+                return await asyncio.to_thread(file.finish)
+            finally:
+                file.discard()
+
+    async def clusters(self, index: str, clusters: int = 8, *, seed: int = 0) -> Clustering:
+        """Part an index's pictures into groups that are alike; the same seed parts the same pictures the same."""
+        request = pb.ClusterImagesRequest(
+            index=text("index", index),
+            clusters=whole("clusters", clusters, UINT32, least=1),
+            seed=whole("seed", seed, UINT32),
+        )
+        groups: tuple[Group, ...] = ()
+        members: dict[str, tuple[int, float]] = {}
+        peer = self._connect()
+        async with aclosing(peer.stream(rpc.SearchServiceStub(peer.channel).ClusterImages, request)) as answers:
+            async for answer in answers:
+                groups += tuple(Group(one.count, one.example_id, one.mean_similarity) for one in answer.clusters)
+                members |= {one.id: (one.cluster, one.similarity) for one in answer.images}
+        return Clustering(groups, members)
+
+    def _export(self, index: str) -> AsyncGenerator[pb.ExportVectorsResponse, None]:
+        peer = self._connect()
+        request = pb.ExportVectorsRequest(index=text("index", index))
+        return peer.stream(rpc.SearchServiceStub(peer.channel).ExportVectors, request)
 
     async def list(self) -> list[Index]:
         """All indexes, by name."""

@@ -1,11 +1,13 @@
 """Indexes, for callers without an event loop."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Generator, Iterable, Sequence
 
 from imagemesh_client.images import ImageInput
 from imagemesh_client.loop_thread import LoopThread
-from imagemesh_client.search import AsyncIndexes, Duplicate, Index, Match
+from imagemesh_client.search import AsyncIndexes, Clustering, Duplicate, Index, Match
 from imagemesh_client.types import PoolingName
+from imagemesh_runtime.tensors import Array
 
 
 class Indexes:
@@ -41,6 +43,18 @@ class Indexes:
     def duplicates(self, index: str, min_similarity: float = 0.95, limit: int = 1000) -> list[Duplicate]:
         """Find at most ``limit`` pairs of the index's pictures that are at least so alike, the likest first."""
         return self._thread.run(self._async.duplicates(index, min_similarity, limit))
+
+    def vectors(self, index: str) -> Generator[tuple[Sequence[str], Array], None, None]:
+        """All ids of an index with their vectors of length 1, float32 [ids, width], in pieces, in no order."""
+        return self._thread.iterate(self._async.vectors(index))
+
+    def export(self, index: str, path: str | os.PathLike[str]) -> int:
+        """Write an index to a Parquet file for other programs; how many pictures. See ``AsyncIndexes.export``."""
+        return self._thread.run(self._async.export(index, path))
+
+    def clusters(self, index: str, clusters: int = 8, *, seed: int = 0) -> Clustering:
+        """Part an index's pictures into groups that are alike; the same seed parts the same pictures the same."""
+        return self._thread.run(self._async.clusters(index, clusters, seed=seed))
 
     def list(self) -> list[Index]:
         """All indexes, by name."""

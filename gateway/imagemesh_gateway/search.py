@@ -1,6 +1,7 @@
 """Search at the gateway: calls handed on to the ViT service, which keeps the indexes."""
 
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 from imagemesh.v1 import search_service_pb2 as pb
@@ -45,6 +46,20 @@ class SearchForwarder(rpc.SearchServiceServicer):
     async def DeleteIndex(self, request: pb.DeleteIndexRequest, context: Any) -> pb.DeleteIndexResponse:
         answer: pb.DeleteIndexResponse = await self._call(self._stub.DeleteIndex, request)
         return answer
+
+    async def ExportVectors(
+        self, request: pb.ExportVectorsRequest, context: Any
+    ) -> AsyncIterator[pb.ExportVectorsResponse]:
+        async with aclosing(self._mesh.vit.stream(self._stub.ExportVectors, request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def ClusterImages(
+        self, request: pb.ClusterImagesRequest, context: Any
+    ) -> AsyncIterator[pb.ClusterImagesResponse]:
+        async with aclosing(self._mesh.vit.stream(self._stub.ClusterImages, request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def _call(self, method: Any, request: Any) -> Any:
         with self._metrics.stage.time("search"):

@@ -30,6 +30,7 @@ MAX_RETRIES: Final = 8  # of a picture that isn't kept
 MAX_ID_CHARACTERS: Final = 512  # of a picture in an index
 MAX_MATCHES: Final = 1000  # of a picture that is searched for
 MAX_PAIRS: Final = 10_000  # near-duplicates of an answer
+MAX_CLUSTERS: Final = 1000  # groups that an index's pictures are parted into
 MAX_REMOVED: Final = 1000  # pictures that a call takes out of an index
 
 

@@ -119,6 +119,20 @@ def test_near_duplicates_are_told_once_each(store):
     assert sum(map(len, store.similar_pairs("photos", 0.5))) == alike
 
 
+def test_all_vectors_are_told_as_they_were_put(store):
+    vectors = unit_vectors(40, 8)
+    store.put(SPEC, [str(i) for i in range(40)], vectors)
+    store.remove("photos", ["3"])
+    told: dict[str, np.ndarray] = {}
+    for ids, piece in store.vectors("photos"):
+        assert piece.dtype == np.float32
+        told |= dict(zip(ids, piece, strict=True))
+    assert sorted(told, key=int) == [str(i) for i in range(40) if i != 3]
+    np.testing.assert_allclose([told[one] for one in told], vectors[[int(one) for one in told]], atol=1e-6)
+    store.remove("photos", list(told))
+    assert list(store.vectors("photos")) == []
+
+
 def test_a_deleted_index_is_gone_and_another_may_have_its_name(store):
     store.put(SPEC, ["a"], unit_vectors(1, 8))
     store.delete("photos")
@@ -130,7 +144,12 @@ def test_a_deleted_index_is_gone_and_another_may_have_its_name(store):
 
 def test_an_unknown_index_is_not_found(store):
     store.put(SPEC, ["a"], unit_vectors(1, 8))
-    for call in (lambda: store.count("x"), lambda: store.delete("x"), lambda: store.remove("x", ["a"])):
+    for call in (
+        lambda: store.spec("x"),
+        lambda: store.count("x"),
+        lambda: store.delete("x"),
+        lambda: store.remove("x", ["a"]),
+    ):
         with pytest.raises(NotFound, match="available: photos"):
             call()
 

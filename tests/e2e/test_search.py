@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import httpx
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from imagemesh.v1 import image_pb2, vit_service_pb2
@@ -126,6 +127,42 @@ async def test_a_folder_that_cannot_be_is_said_and_harms_no_other_call(tmp_path:
         )(asked)
 
 
+async def collected(call) -> list:
+    return [message async for message in call]
+
+
+async def test_groups_come_first_and_then_every_picture_once(search):
+    images = [image(colour(255, 10 * i, 0)) for i in range(5)] + [image(colour(0, 10 * i, 255)) for i in range(4)]
+    ids = [f"{'red' if i < 5 else 'blue'} {i}" for i in range(9)]
+    await search.IndexImages(pb.IndexImagesRequest(index="two", images=images, ids=ids))
+    request = pb.ClusterImagesRequest(index="two", clusters=2, seed=1)
+    first, *rest = await collected(search.ClusterImages(request))
+    assert [group.count for group in first.clusters] == [5, 4]
+    told = {one.id: one.cluster for message in rest for one in message.images}
+    assert told == {one: int(one.startswith("blue")) for one in ids}
+    assert all(told[group.example_id] == i for i, group in enumerate(first.clusters))
+    assert await collected(search.ClusterImages(request)) == [first, *rest]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (pb.ClusterImagesRequest(index="there", clusters=2), "clusters must be at most 1, the pictures of index there"),
+        (pb.ClusterImagesRequest(index="there", clusters=1001), "clusters must be 0 to 1000"),
+        (pb.ClusterImagesRequest(index="there", clusters=1, seed=2**31), "seed must be 0 to 2147483647"),
+        (pb.ClusterImagesRequest(index="/"), "index must be"),
+        (pb.ClusterImagesRequest(index="their"), "index 'their' not found"),
+        (pb.ExportVectorsRequest(index="/"), "index must be"),
+        (pb.ExportVectorsRequest(index="their"), "index 'their' not found"),
+    ],
+)
+async def test_streams_are_refused_by_their_fields_too(search, request_, said):
+    method = search.ClusterImages if isinstance(request_, pb.ClusterImagesRequest) else search.ExportVectors
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collected(method(request_))
+    assert said in caught.value.details()
+
+
 async def test_indexes_outlive_the_service(tmp_path: Path):
     config = VitConfig(listen="127.0.0.1:0", backend="fake", index_root=str(tmp_path))
     async with serving(create, config) as served:
@@ -186,6 +223,12 @@ async def test_the_async_sdk_does_all_of_it(mesh):
         found = await client.indexes.search("colours", [GREEN], 3, min_similarity=0.99999)
         assert [match.id for match in found[0]] == ["green"]
         assert "colours" in [index.name for index in await client.indexes.list()]
+        groups = await client.indexes.clusters("colours", 3, seed=2)
+        assert [(group.count, groups.members[group.example][0]) for group in groups.groups] == [(1, 0), (1, 1), (1, 2)]
+        pieces = [piece async for piece in client.indexes.vectors("colours")]
+        vectors = (await client.embed([RED, GREEN, BLUE], normalize=True)).vectors
+        told = {one: vector for ids, piece in pieces for one, vector in zip(ids, piece, strict=True)}
+        np.testing.assert_allclose([told[one] for one in ("red", "green", "blue")], vectors, atol=1e-5)
         await client.indexes.delete("colours")
         with pytest.raises(MeshError, match="index 'colours' not found"):
             await client.indexes.search("colours", RED)
@@ -228,6 +271,23 @@ def test_the_command_indexes_a_folder_and_searches_it(mesh, photos, capfd, monke
     assert main(["duplicates", "--min-similarity", "0.999999", "--json"]) == 0
     pairs = json.loads(capfd.readouterr().out)
     assert [(one["first"], one["second"]) for one in pairs] == [(str(photos / "00.png"), str(photos / "copy.png"))]
+    assert main(["clusters", "--clusters", "3", "--json"]) == 0
+    parts = json.loads(capfd.readouterr().out)
+    assert sum(one["count"] for one in parts["clusters"]) == len(parts["pictures"]) == 13
+    assert main(["clusters", "--clusters", "1"]) == 0
+    assert capfd.readouterr().out.splitlines()[1].split()[:2] == ["0", "13"]
+    parquet = photos / "mine.parquet"
+    assert main(["vectors", "-o", str(parquet)]) == 0
+    assert capfd.readouterr().out == f"{parquet}: 13 pictures\n"
+    table = pyarrow.parquet.read_table(parquet)
+    with Client(mesh.grpc_address) as client:
+        own = client.embed(table.column("id").to_pylist(), normalize=True)
+    np.testing.assert_allclose(np.stack(table.column("vector").to_numpy()), own.vectors, atol=1e-5)
+    about = json.loads(table.schema.metadata[b"imagemesh"])
+    assert (about["model"], about["width"], about["count"]) == (own.model, own.vectors.shape[1], 13)
+    assert main(["vectors", "--index", "their", "-o", str(photos / "none.parquet")]) == 2
+    assert "index 'their' not found" in capfd.readouterr().err
+    assert sorted(path.suffix for path in photos.glob("*.par*")) == [".parquet"]
     assert main(["indexes", "--delete", "pictures"]) == 0
     assert "pictures " not in capfd.readouterr().out
     assert main(["search", str(photos / "00.png")]) == 2

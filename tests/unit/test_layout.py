@@ -115,9 +115,10 @@ def test_every_module_says_what_it_is_for():
 
 
 PUBLIC = [
-    "AsyncClient", "Choice", "Classification", "Classify", "Client", "Control", "ControlSavings", "DeadlineExceeded",
+    "AsyncClient", "Choice", "Classification", "Classify", "Client", "Clustering", "Control", "ControlSavings",
+    "DeadlineExceeded",
     "Duplicate", "Embed", "EmbedOptions", "Embeddings", "Event", "GenerateOptions",
-    "GeneratedImage", "Generation", "Hires", "ImageInput", "Index", "InvalidArgument", "Job",
+    "GeneratedImage", "Generation", "Group", "Hires", "ImageInput", "Index", "InvalidArgument", "Job",
     "JobFailure", "JobOptions",
     "Keep", "Match", "MeshError", "Model", "Models", "Parameters", "Prediction", "Preprocessed", "Preprocessor",
     "PreprocessorParameter", "Progress", "Queued", "Reference", "RejectedImage", "RemoteError", "Result",
@@ -144,4 +145,4 @@ def test_the_jobs_of_both_clients_have_the_same_methods():
 
 def test_the_indexes_of_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Indexes, AsyncIndexes))
-    assert sync == aio == {"add", "delete", "duplicates", "list", "remove", "search"}
+    assert sync == aio == {"add", "clusters", "delete", "duplicates", "export", "list", "remove", "search", "vectors"}

@@ -23,48 +23,61 @@ _sym_db = _symbol_database.Default()
 
 
 from imagemesh.v1 import image_pb2 as imagemesh_dot_v1_dot_image__pb2
+from imagemesh.v1 import tensor_pb2 as imagemesh_dot_v1_dot_tensor__pb2
 from imagemesh.v1 import vit_service_pb2 as imagemesh_dot_v1_dot_vit__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!imagemesh/v1/search_service.proto\x12\x0cimagemesh.v1\x1a\x18imagemesh/v1/image.proto\x1a\x1eimagemesh/v1/vit_service.proto\"}\n\tIndexInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\r\n\x05width\x18\x04 \x01(\r\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\x12\r\n\x05store\x18\x06 \x01(\t\"\xa3\x01\n\x12IndexImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12&\n\x07pooling\x18\x05 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x15\n\rdefault_model\x18\x06 \x01(\t\"O\n\x13IndexImagesResponse\x12&\n\x05index\x18\x01 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\x12\x10\n\x08replaced\x18\x02 \x01(\r\"\x88\x01\n\x13SearchImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1b\n\x0emin_similarity\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x11\n\x0f_min_similarity\"k\n\x14SearchImagesResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.imagemesh.v1.SearchResult\x12&\n\x05index\x18\x02 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\"4\n\x0cSearchResult\x12$\n\x07matches\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Match\"\'\n\x05Match\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"M\n\x15\x46indDuplicatesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12\x16\n\x0emin_similarity\x18\x02 \x01(\x02\x12\r\n\x05limit\x18\x03 \x01(\r\"W\n\x16\x46indDuplicatesResponse\x12*\n\x05pairs\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.DuplicatePair\x12\x11\n\ttruncated\x18\x02 \x01(\x08\"H\n\rDuplicatePair\x12\x10\n\x08\x66irst_id\x18\x01 \x01(\t\x12\x11\n\tsecond_id\x18\x02 \x01(\t\x12\x12\n\nsimilarity\x18\x03 \x01(\x02\"\x14\n\x12ListIndexesRequest\"?\n\x13ListIndexesResponse\x12(\n\x07indexes\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.IndexInfo\"1\n\x13RemoveImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\"O\n\x14RemoveImagesResponse\x12&\n\x05index\x18\x01 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\x12\x0f\n\x07removed\x18\x02 \x01(\r\"#\n\x12\x44\x65leteIndexRequest\x12\r\n\x05index\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteIndexResponse2\x96\x04\n\rSearchService\x12R\n\x0bIndexImages\x12 .imagemesh.v1.IndexImagesRequest\x1a!.imagemesh.v1.IndexImagesResponse\x12U\n\x0cSearchImages\x12!.imagemesh.v1.SearchImagesRequest\x1a\".imagemesh.v1.SearchImagesResponse\x12[\n\x0e\x46indDuplicates\x12#.imagemesh.v1.FindDuplicatesRequest\x1a$.imagemesh.v1.FindDuplicatesResponse\x12R\n\x0bListIndexes\x12 .imagemesh.v1.ListIndexesRequest\x1a!.imagemesh.v1.ListIndexesResponse\x12U\n\x0cRemoveImages\x12!.imagemesh.v1.RemoveImagesRequest\x1a\".imagemesh.v1.RemoveImagesResponse\x12R\n\x0b\x44\x65leteIndex\x12 .imagemesh.v1.DeleteIndexRequest\x1a!.imagemesh.v1.DeleteIndexResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!imagemesh/v1/search_service.proto\x12\x0cimagemesh.v1\x1a\x18imagemesh/v1/image.proto\x1a\x19imagemesh/v1/tensor.proto\x1a\x1eimagemesh/v1/vit_service.proto\"}\n\tIndexInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\r\n\x05width\x18\x04 \x01(\r\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\x12\r\n\x05store\x18\x06 \x01(\t\"\xa3\x01\n\x12IndexImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12&\n\x07pooling\x18\x05 \x01(\x0e\x32\x15.imagemesh.v1.Pooling\x12\x15\n\rdefault_model\x18\x06 \x01(\t\"O\n\x13IndexImagesResponse\x12&\n\x05index\x18\x01 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\x12\x10\n\x08replaced\x18\x02 \x01(\r\"\x88\x01\n\x13SearchImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x03(\x0b\x32\x13.imagemesh.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1b\n\x0emin_similarity\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x11\n\x0f_min_similarity\"k\n\x14SearchImagesResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.imagemesh.v1.SearchResult\x12&\n\x05index\x18\x02 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\"4\n\x0cSearchResult\x12$\n\x07matches\x18\x01 \x03(\x0b\x32\x13.imagemesh.v1.Match\"\'\n\x05Match\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"M\n\x15\x46indDuplicatesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12\x16\n\x0emin_similarity\x18\x02 \x01(\x02\x12\r\n\x05limit\x18\x03 \x01(\r\"W\n\x16\x46indDuplicatesResponse\x12*\n\x05pairs\x18\x01 \x03(\x0b\x32\x1b.imagemesh.v1.DuplicatePair\x12\x11\n\ttruncated\x18\x02 \x01(\x08\"H\n\rDuplicatePair\x12\x10\n\x08\x66irst_id\x18\x01 \x01(\t\x12\x11\n\tsecond_id\x18\x02 \x01(\t\x12\x12\n\nsimilarity\x18\x03 \x01(\x02\"\x14\n\x12ListIndexesRequest\"?\n\x13ListIndexesResponse\x12(\n\x07indexes\x18\x01 \x03(\x0b\x32\x17.imagemesh.v1.IndexInfo\"1\n\x13RemoveImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\"O\n\x14RemoveImagesResponse\x12&\n\x05index\x18\x01 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\x12\x0f\n\x07removed\x18\x02 \x01(\r\"#\n\x12\x44\x65leteIndexRequest\x12\r\n\x05index\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteIndexResponse\"%\n\x14\x45xportVectorsRequest\x12\r\n\x05index\x18\x01 \x01(\t\"s\n\x15\x45xportVectorsResponse\x12&\n\x05index\x18\x01 \x01(\x0b\x32\x17.imagemesh.v1.IndexInfo\x12\x0b\n\x03ids\x18\x02 \x03(\t\x12%\n\x07vectors\x18\x03 \x01(\x0b\x32\x14.imagemesh.v1.Tensor\"E\n\x14\x43lusterImagesRequest\x12\r\n\x05index\x18\x01 \x01(\t\x12\x10\n\x08\x63lusters\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\r\"s\n\x15\x43lusterImagesResponse\x12,\n\x08\x63lusters\x18\x01 \x03(\x0b\x32\x1a.imagemesh.v1.ImageCluster\x12,\n\x06images\x18\x02 \x03(\x0b\x32\x1c.imagemesh.v1.ClusteredImage\"J\n\x0cImageCluster\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x12\n\nexample_id\x18\x02 \x01(\t\x12\x17\n\x0fmean_similarity\x18\x03 \x01(\x02\"A\n\x0e\x43lusteredImage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63luster\x18\x02 \x01(\r\x12\x12\n\nsimilarity\x18\x03 \x01(\x02\x32\xce\x05\n\rSearchService\x12R\n\x0bIndexImages\x12 .imagemesh.v1.IndexImagesRequest\x1a!.imagemesh.v1.IndexImagesResponse\x12U\n\x0cSearchImages\x12!.imagemesh.v1.SearchImagesRequest\x1a\".imagemesh.v1.SearchImagesResponse\x12[\n\x0e\x46indDuplicates\x12#.imagemesh.v1.FindDuplicatesRequest\x1a$.imagemesh.v1.FindDuplicatesResponse\x12R\n\x0bListIndexes\x12 .imagemesh.v1.ListIndexesRequest\x1a!.imagemesh.v1.ListIndexesResponse\x12U\n\x0cRemoveImages\x12!.imagemesh.v1.RemoveImagesRequest\x1a\".imagemesh.v1.RemoveImagesResponse\x12R\n\x0b\x44\x65leteIndex\x12 .imagemesh.v1.DeleteIndexRequest\x1a!.imagemesh.v1.DeleteIndexResponse\x12Z\n\rExportVectors\x12\".imagemesh.v1.ExportVectorsRequest\x1a#.imagemesh.v1.ExportVectorsResponse0\x01\x12Z\n\rClusterImages\x12\".imagemesh.v1.ClusterImagesRequest\x1a#.imagemesh.v1.ClusterImagesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'imagemesh.v1.search_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INDEXINFO']._serialized_start=109
-  _globals['_INDEXINFO']._serialized_end=234
-  _globals['_INDEXIMAGESREQUEST']._serialized_start=237
-  _globals['_INDEXIMAGESREQUEST']._serialized_end=400
-  _globals['_INDEXIMAGESRESPONSE']._serialized_start=402
-  _globals['_INDEXIMAGESRESPONSE']._serialized_end=481
-  _globals['_SEARCHIMAGESREQUEST']._serialized_start=484
-  _globals['_SEARCHIMAGESREQUEST']._serialized_end=620
-  _globals['_SEARCHIMAGESRESPONSE']._serialized_start=622
-  _globals['_SEARCHIMAGESRESPONSE']._serialized_end=729
-  _globals['_SEARCHRESULT']._serialized_start=731
-  _globals['_SEARCHRESULT']._serialized_end=783
-  _globals['_MATCH']._serialized_start=785
-  _globals['_MATCH']._serialized_end=824
-  _globals['_FINDDUPLICATESREQUEST']._serialized_start=826
-  _globals['_FINDDUPLICATESREQUEST']._serialized_end=903
-  _globals['_FINDDUPLICATESRESPONSE']._serialized_start=905
-  _globals['_FINDDUPLICATESRESPONSE']._serialized_end=992
-  _globals['_DUPLICATEPAIR']._serialized_start=994
-  _globals['_DUPLICATEPAIR']._serialized_end=1066
-  _globals['_LISTINDEXESREQUEST']._serialized_start=1068
-  _globals['_LISTINDEXESREQUEST']._serialized_end=1088
-  _globals['_LISTINDEXESRESPONSE']._serialized_start=1090
-  _globals['_LISTINDEXESRESPONSE']._serialized_end=1153
-  _globals['_REMOVEIMAGESREQUEST']._serialized_start=1155
-  _globals['_REMOVEIMAGESREQUEST']._serialized_end=1204
-  _globals['_REMOVEIMAGESRESPONSE']._serialized_start=1206
-  _globals['_REMOVEIMAGESRESPONSE']._serialized_end=1285
-  _globals['_DELETEINDEXREQUEST']._serialized_start=1287
-  _globals['_DELETEINDEXREQUEST']._serialized_end=1322
-  _globals['_DELETEINDEXRESPONSE']._serialized_start=1324
-  _globals['_DELETEINDEXRESPONSE']._serialized_end=1345
-  _globals['_SEARCHSERVICE']._serialized_start=1348
-  _globals['_SEARCHSERVICE']._serialized_end=1882
+  _globals['_INDEXINFO']._serialized_start=136
+  _globals['_INDEXINFO']._serialized_end=261
+  _globals['_INDEXIMAGESREQUEST']._serialized_start=264
+  _globals['_INDEXIMAGESREQUEST']._serialized_end=427
+  _globals['_INDEXIMAGESRESPONSE']._serialized_start=429
+  _globals['_INDEXIMAGESRESPONSE']._serialized_end=508
+  _globals['_SEARCHIMAGESREQUEST']._serialized_start=511
+  _globals['_SEARCHIMAGESREQUEST']._serialized_end=647
+  _globals['_SEARCHIMAGESRESPONSE']._serialized_start=649
+  _globals['_SEARCHIMAGESRESPONSE']._serialized_end=756
+  _globals['_SEARCHRESULT']._serialized_start=758
+  _globals['_SEARCHRESULT']._serialized_end=810
+  _globals['_MATCH']._serialized_start=812
+  _globals['_MATCH']._serialized_end=851
+  _globals['_FINDDUPLICATESREQUEST']._serialized_start=853
+  _globals['_FINDDUPLICATESREQUEST']._serialized_end=930
+  _globals['_FINDDUPLICATESRESPONSE']._serialized_start=932
+  _globals['_FINDDUPLICATESRESPONSE']._serialized_end=1019
+  _globals['_DUPLICATEPAIR']._serialized_start=1021
+  _globals['_DUPLICATEPAIR']._serialized_end=1093
+  _globals['_LISTINDEXESREQUEST']._serialized_start=1095
+  _globals['_LISTINDEXESREQUEST']._serialized_end=1115
+  _globals['_LISTINDEXESRESPONSE']._serialized_start=1117
+  _globals['_LISTINDEXESRESPONSE']._serialized_end=1180
+  _globals['_REMOVEIMAGESREQUEST']._serialized_start=1182
+  _globals['_REMOVEIMAGESREQUEST']._serialized_end=1231
+  _globals['_REMOVEIMAGESRESPONSE']._serialized_start=1233
+  _globals['_REMOVEIMAGESRESPONSE']._serialized_end=1312
+  _globals['_DELETEINDEXREQUEST']._serialized_start=1314
+  _globals['_DELETEINDEXREQUEST']._serialized_end=1349
+  _globals['_DELETEINDEXRESPONSE']._serialized_start=1351
+  _globals['_DELETEINDEXRESPONSE']._serialized_end=1372
+  _globals['_EXPORTVECTORSREQUEST']._serialized_start=1374
+  _globals['_EXPORTVECTORSREQUEST']._serialized_end=1411
+  _globals['_EXPORTVECTORSRESPONSE']._serialized_start=1413
+  _globals['_EXPORTVECTORSRESPONSE']._serialized_end=1528
+  _globals['_CLUSTERIMAGESREQUEST']._serialized_start=1530
+  _globals['_CLUSTERIMAGESREQUEST']._serialized_end=1599
+  _globals['_CLUSTERIMAGESRESPONSE']._serialized_start=1601
+  _globals['_CLUSTERIMAGESRESPONSE']._serialized_end=1716
+  _globals['_IMAGECLUSTER']._serialized_start=1718
+  _globals['_IMAGECLUSTER']._serialized_end=1792
+  _globals['_CLUSTEREDIMAGE']._serialized_start=1794
+  _globals['_CLUSTEREDIMAGE']._serialized_end=1859
+  _globals['_SEARCHSERVICE']._serialized_start=1862
+  _globals['_SEARCHSERVICE']._serialized_end=2580
 # @@protoc_insertion_point(module_scope)

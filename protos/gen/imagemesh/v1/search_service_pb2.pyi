@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from imagemesh.v1 import image_pb2 as _image_pb2
+from imagemesh.v1 import tensor_pb2 as _tensor_pb2
 from imagemesh.v1 import vit_service_pb2 as _vit_service_pb2
 import builtins as _builtins
 import sys
@@ -427,3 +428,164 @@ class DeleteIndexResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteIndexResponse: _TypeAlias = DeleteIndexResponse  # noqa: Y015
+
+@_typing.final
+class ExportVectorsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportVectorsRequest: _TypeAlias = ExportVectorsRequest  # noqa: Y015
+
+@_typing.final
+class ExportVectorsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def index(self) -> Global___IndexInfo:
+        """In the first message, which has nothing else."""
+
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def vectors(self) -> _tensor_pb2.Tensor:
+        """DTYPE_FP32, shape [ids, width]; each of length 1."""
+
+    def __init__(
+        self,
+        *,
+        index: Global___IndexInfo | None = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        vectors: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "vectors", b"vectors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "index", b"index", "vectors", b"vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportVectorsResponse: _TypeAlias = ExportVectorsResponse  # noqa: Y015
+
+@_typing.final
+class ClusterImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    CLUSTERS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    index: _builtins.str
+    clusters: _builtins.int
+    """Groups, up to 1000, and at most as many as there are pictures; 0 means 8."""
+    seed: _builtins.int
+    """Up to 2^31 - 1."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.str = ...,
+        clusters: _builtins.int = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "index", b"index", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterImagesRequest: _TypeAlias = ClusterImagesRequest  # noqa: Y015
+
+@_typing.final
+class ClusterImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTERS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def clusters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageCluster]:
+        """In the first message, which has nothing else: the groups, the largest first. Those that got no picture are left out."""
+
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusteredImage]:
+        """In the others."""
+
+    def __init__(
+        self,
+        *,
+        clusters: _abc.Iterable[Global___ImageCluster] | None = ...,
+        images: _abc.Iterable[Global___ClusteredImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterImagesResponse: _TypeAlias = ClusterImagesResponse  # noqa: Y015
+
+@_typing.final
+class ImageCluster(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_ID_FIELD_NUMBER: _builtins.int
+    MEAN_SIMILARITY_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Pictures."""
+    example_id: _builtins.str
+    """The picture that is most like the group's centre."""
+    mean_similarity: _builtins.float
+    """The mean of its pictures' likeness to the centre."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        example_id: _builtins.str = ...,
+        mean_similarity: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "example_id", b"example_id", "mean_similarity", b"mean_similarity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageCluster: _TypeAlias = ImageCluster  # noqa: Y015
+
+@_typing.final
+class ClusteredImage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    cluster: _builtins.int
+    """Its group's place among the clusters of the first message, from 0."""
+    similarity: _builtins.float
+    """Its likeness to the group's centre."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        cluster: _builtins.int = ...,
+        similarity: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "id", b"id", "similarity", b"similarity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusteredImage: _TypeAlias = ClusteredImage  # noqa: Y015

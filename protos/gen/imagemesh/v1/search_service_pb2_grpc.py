@@ -66,6 +66,16 @@ class SearchServiceStub:
                 request_serializer=imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexRequest.SerializeToString,
                 response_deserializer=imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexResponse.FromString,
                 _registered_method=True)
+        self.ExportVectors = channel.unary_stream(
+                '/imagemesh.v1.SearchService/ExportVectors',
+                request_serializer=imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsResponse.FromString,
+                _registered_method=True)
+        self.ClusterImages = channel.unary_stream(
+                '/imagemesh.v1.SearchService/ClusterImages',
+                request_serializer=imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesRequest.SerializeToString,
+                response_deserializer=imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServiceServicer:
@@ -115,6 +125,20 @@ class SearchServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportVectors(self, request, context):
+        """Tells all vectors of an index, in pieces, in no order. What is put or removed meanwhile may be among them or not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClusterImages(self, request, context):
+        """Parts an index's pictures into groups that are alike, by spherical k-means. The same pictures and the same seed are parted the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SearchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +171,16 @@ def add_SearchServiceServicer_to_server(servicer, server):
                     servicer.DeleteIndex,
                     request_deserializer=imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexRequest.FromString,
                     response_serializer=imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexResponse.SerializeToString,
+            ),
+            'ExportVectors': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportVectors,
+                    request_deserializer=imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsResponse.SerializeToString,
+            ),
+            'ClusterImages': grpc.unary_stream_rpc_method_handler(
+                    servicer.ClusterImages,
+                    request_deserializer=imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesRequest.FromString,
+                    response_serializer=imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +347,60 @@ class SearchService:
             '/imagemesh.v1.SearchService/DeleteIndex',
             imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexRequest.SerializeToString,
             imagemesh_dot_v1_dot_search__service__pb2.DeleteIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/imagemesh.v1.SearchService/ExportVectors',
+            imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsRequest.SerializeToString,
+            imagemesh_dot_v1_dot_search__service__pb2.ExportVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClusterImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/imagemesh.v1.SearchService/ClusterImages',
+            imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesRequest.SerializeToString,
+            imagemesh_dot_v1_dot_search__service__pb2.ClusterImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class SearchServiceStub:
     """Takes pictures out of an index; ids that it doesn't have are passed over."""
     DeleteIndex: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.DeleteIndexRequest, _search_service_pb2.DeleteIndexResponse]
     """Deletes an index with all that is in it."""
+    ExportVectors: _grpc.UnaryStreamMultiCallable[_search_service_pb2.ExportVectorsRequest, _search_service_pb2.ExportVectorsResponse]
+    """Tells all vectors of an index, in pieces, in no order. What is put or removed meanwhile may be among them or not."""
+    ClusterImages: _grpc.UnaryStreamMultiCallable[_search_service_pb2.ClusterImagesRequest, _search_service_pb2.ClusterImagesResponse]
+    """Parts an index's pictures into groups that are alike, by spherical k-means. The same pictures and the same seed are parted the same."""
 
 @_typing.type_check_only
 class SearchServiceAsyncStub(SearchServiceStub):
@@ -67,6 +71,10 @@ class SearchServiceAsyncStub(SearchServiceStub):
     """Takes pictures out of an index; ids that it doesn't have are passed over."""
     DeleteIndex: _aio.UnaryUnaryMultiCallable[_search_service_pb2.DeleteIndexRequest, _search_service_pb2.DeleteIndexResponse]  # type: ignore[assignment]
     """Deletes an index with all that is in it."""
+    ExportVectors: _aio.UnaryStreamMultiCallable[_search_service_pb2.ExportVectorsRequest, _search_service_pb2.ExportVectorsResponse]  # type: ignore[assignment]
+    """Tells all vectors of an index, in pieces, in no order. What is put or removed meanwhile may be among them or not."""
+    ClusterImages: _aio.UnaryStreamMultiCallable[_search_service_pb2.ClusterImagesRequest, _search_service_pb2.ClusterImagesResponse]  # type: ignore[assignment]
+    """Parts an index's pictures into groups that are alike, by spherical k-means. The same pictures and the same seed are parted the same."""
 
 class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Finds pictures by their likeness: vectors of a model's, kept on disk in indexes that have names. The ViT service has it,
@@ -120,5 +128,21 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_search_service_pb2.DeleteIndexResponse, _abc.Awaitable[_search_service_pb2.DeleteIndexResponse]]:
         """Deletes an index with all that is in it."""
+
+    @_abc_1.abstractmethod
+    def ExportVectors(
+        self,
+        request: _search_service_pb2.ExportVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_service_pb2.ExportVectorsResponse], _abc.AsyncIterator[_search_service_pb2.ExportVectorsResponse]]:
+        """Tells all vectors of an index, in pieces, in no order. What is put or removed meanwhile may be among them or not."""
+
+    @_abc_1.abstractmethod
+    def ClusterImages(
+        self,
+        request: _search_service_pb2.ClusterImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_service_pb2.ClusterImagesResponse], _abc.AsyncIterator[_search_service_pb2.ClusterImagesResponse]]:
+        """Parts an index's pictures into groups that are alike, by spherical k-means. The same pictures and the same seed are parted the same."""
 
 def add_SearchServiceServicer_to_server(servicer: SearchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

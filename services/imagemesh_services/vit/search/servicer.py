@@ -3,8 +3,9 @@
 import asyncio
 import heapq
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -14,11 +15,20 @@ from imagemesh.v1 import search_service_pb2 as pb
 from imagemesh.v1 import search_service_pb2_grpc as rpc
 from imagemesh.v1 import vit_service_pb2 as vit
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, NotFinite, NotFound, Overloaded
-from imagemesh_runtime.limits import MAX_ID_CHARACTERS, MAX_IMAGES, MAX_MATCHES, MAX_PAIRS, MAX_REMOVED, check_range
+from imagemesh_runtime.limits import (
+    MAX_CLUSTERS,
+    MAX_ID_CHARACTERS,
+    MAX_IMAGES,
+    MAX_MATCHES,
+    MAX_PAIRS,
+    MAX_REMOVED,
+    check_range,
+)
 from imagemesh_runtime.registry import choose_backend
-from imagemesh_runtime.tensors import Array, from_proto
+from imagemesh_runtime.tensors import Array, from_proto, to_proto
 from imagemesh_services.vit.backend import Pooling
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.search.clustering import Clustering, Sample, centres_of
 from imagemesh_services.vit.search.folder import check_name
 from imagemesh_services.vit.search.store import STORES, IndexSpec, Pair, VectorStore
 
@@ -29,6 +39,9 @@ T = TypeVar("T")
 DEFAULT_MATCHES: Final = 10
 DEFAULT_PAIRS: Final = 1000
 DEFAULT_DUPLICATE: Final = 0.95
+DEFAULT_CLUSTERS: Final = 8
+MAX_CLUSTER_SEED: Final = 2**31 - 1
+_TOLD: Final = 4096  # pictures of a message
 
 _POOLINGS: Final = {vit.POOLING_UNSPECIFIED: None, vit.POOLING_CLS: Pooling.CLS, vit.POOLING_MEAN: Pooling.MEAN}
 _NUMBERS: Final = {pooling: number for number, pooling in _POOLINGS.items()}
@@ -50,6 +63,7 @@ class SearchServicer(rpc.SearchServiceServicer):
         self._embed = embed
         self._store: VectorStore | None = None
         self._pending = 0
+        self._clustering = asyncio.Lock()  # one at a time: it takes all cores, and memory
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
     async def close(self) -> None:
@@ -98,12 +112,11 @@ class SearchServicer(rpc.SearchServiceServicer):
         least, limit = request.min_similarity or DEFAULT_DUPLICATE, request.limit or DEFAULT_PAIRS
         await self._spec(request.index)
         found: list[Pair] = []
-        pieces = await self._run(lambda store: store.similar_pairs(request.index, least))
-        # A piece at a time, so that who searches meanwhile waits for a piece and not for all.
-        while (piece := await self._run(lambda _: next(pieces, None))) is not None:
-            found += piece
-            if len(found) > limit:
-                break
+        async with aclosing(self._pieces(lambda store: store.similar_pairs(request.index, least))) as pieces:
+            async for piece in pieces:
+                found += piece
+                if len(found) > limit:
+                    break
         pairs = heapq.nsmallest(limit, found, key=lambda pair: (-pair.similarity, pair.first, pair.second))
         told = [pb.DuplicatePair(first_id=one.first, second_id=one.second, similarity=one.similarity) for one in pairs]
         return pb.FindDuplicatesResponse(pairs=told, truncated=len(found) > limit)
@@ -129,6 +142,56 @@ class SearchServicer(rpc.SearchServiceServicer):
         await self._run(lambda store: store.delete(request.index))
         return pb.DeleteIndexResponse()
 
+    async def ExportVectors(
+        self, request: pb.ExportVectorsRequest, context: Any
+    ) -> AsyncIterator[pb.ExportVectorsResponse]:
+        check_name(request.index)
+        yield pb.ExportVectorsResponse(index=await self._info(request.index))
+        async with aclosing(self._pieces(lambda store: store.vectors(request.index))) as pieces:
+            async for ids, vectors in pieces:
+                yield pb.ExportVectorsResponse(ids=ids, vectors=to_proto(vectors))
+
+    async def ClusterImages(
+        self, request: pb.ClusterImagesRequest, context: Any
+    ) -> AsyncIterator[pb.ClusterImagesResponse]:
+        check_name(request.index)
+        check_range("clusters", request.clusters, 0, MAX_CLUSTERS)
+        check_range("seed", request.seed, 0, MAX_CLUSTER_SEED)
+        groups, count = request.clusters or DEFAULT_CLUSTERS, (await self._info(request.index)).count
+        if groups > count:
+            raise InvalidArgument("clusters", groups, f"at most {count}, the pictures of index {request.index}")
+        async with self._clustering:
+            clustering = await self._clustered(request.index, groups, request.seed)
+        yield pb.ClusterImagesResponse(
+            clusters=[
+                pb.ImageCluster(count=one.count, example_id=one.example, mean_similarity=one.mean_similarity)
+                for one in clustering.groups
+            ]
+        )
+        for piece in clustering.pieces(_TOLD):
+            yield pb.ClusterImagesResponse(
+                images=[pb.ClusteredImage(id=one, cluster=group, similarity=cosine) for one, group, cosine in piece]
+            )
+
+    async def _clustered(self, name: str, groups: int, seed: int) -> Clustering:
+        """Two passes over the index; what is worked out is not on the store's thread, which others use meanwhile."""
+        sample, clustering = Sample(groups, seed), Clustering()
+        async with aclosing(self._pieces(lambda store: store.vectors(name))) as pieces:
+            async for ids, vectors in pieces:
+                await asyncio.to_thread(sample.add, ids, vectors)
+        centres = await asyncio.to_thread(centres_of, sample, groups, seed)
+        async with aclosing(self._pieces(lambda store: store.vectors(name))) as pieces:
+            async for ids, vectors in pieces:
+                await asyncio.to_thread(clustering.add, ids, vectors, centres)
+        await asyncio.to_thread(clustering.order)
+        return clustering
+
+    async def _pieces(self, begin: Callable[[VectorStore], Iterator[T]]) -> AsyncGenerator[T, None]:
+        """What the store tells in pieces: who searches meanwhile waits for a piece, and not for all."""
+        pieces = await self._run(begin)
+        while (piece := await self._run(lambda _: next(pieces, None))) is not None:
+            yield piece
+
     async def _run(self, work: Callable[[VectorStore], T]) -> T:
         """The result of ``work``, done on the store's thread."""
         if self._pending >= self._config.max_queue:
@@ -152,10 +215,7 @@ class SearchServicer(rpc.SearchServiceServicer):
         return self._store
 
     async def _spec(self, name: str) -> IndexSpec:
-        known = await self._run(lambda store: store.specs())
-        if name not in known:
-            raise NotFound("index", name, known)
-        return known[name]
+        return await self._run(lambda store: store.spec(name))
 
     async def _info(self, name: str) -> pb.IndexInfo:
         spec = await self._spec(name)

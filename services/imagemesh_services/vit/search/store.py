@@ -52,6 +52,9 @@ class VectorStore(Protocol):
     def specs(self) -> Mapping[str, IndexSpec]:
         """The indexes, by name."""
 
+    def spec(self, name: str) -> IndexSpec:
+        """The index of that name."""
+
     def count(self, name: str) -> int:
         """How many pictures an index holds."""
 
@@ -67,6 +70,9 @@ class VectorStore(Protocol):
 
     def search(self, name: str, vectors: Array, k: int) -> list[list[Hit]]:
         """At most ``k`` of the index for each of the unit vectors, float32 [n, width], the likest first."""
+
+    def vectors(self, name: str) -> Iterator[tuple[list[str], Array]]:
+        """All ids with their vectors, float32 [ids, width], in pieces; between two the index may change."""
 
     def similar_pairs(self, name: str, least: float) -> Iterator[list[Pair]]:
         """All pairs of at least this likeness, each once, in pieces; between two the index may change."""

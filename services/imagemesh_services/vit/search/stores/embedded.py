@@ -22,6 +22,7 @@ from imagemesh_services.vit.search.store import Hit, IndexSpec, Pair
 log = logging.getLogger(__name__)
 
 _BLOCK: Final = 256  # vectors whose pairs are looked for at a time
+_PIECE: Final = 1024  # vectors that are told at a time
 _TRIES: Final = 5
 
 
@@ -74,6 +75,9 @@ class EmbeddedStore:
                     log.warning("index %s is left out: %s", folder.name, error)
         return found
 
+    def spec(self, name: str) -> IndexSpec:
+        return _spec(name, self._current(name).manifest)
+
     def count(self, name: str) -> int:
         return len(self._current(name).keys)
 
@@ -118,6 +122,14 @@ class EmbeddedStore:
             [Hit(index.ids[key], _cosine(value)) for key, value in zip(*row, strict=True)]
             for row in zip(keys.tolist(), similarities.tolist(), strict=True)
         ]
+
+    def vectors(self, name: str) -> Iterator[tuple[list[str], Array]]:
+        every = list(self._current(name).keys)
+        for start in range(0, len(every), _PIECE):
+            index = self._current(name)
+            ids = [one for one in every[start : start + _PIECE] if one in index.keys]
+            if ids:
+                yield ids, np.stack([index.vectors.reconstruct(index.keys[one]) for one in ids])
 
     def similar_pairs(self, name: str, least: float) -> Iterator[list[Pair]]:
         every = list(self._current(name).keys)
