@@ -31,12 +31,16 @@ def main() -> None:
         _write(f"torch-{options.accel}", filter(_BUILDS.match, _compile([f"torch=={options.torch}"], *index)))
         return
     project = str(ROOT / "pyproject.toml")
-    _write("gateway", _compile([], project, "--extra", "gateway"))
-    worker = _compile([], project, "--extra", "torch", "--extra", "search")
+    _write("gateway", _compile([], project, *_extras("gateway")))
+    worker = _compile([], project, *_extras("torch", "search", "qdrant", "milvus"))
     _write("worker", (block for block in worker if not _BUILDS.match(block)))
     _write("torch-cuda", filter(_BUILDS.match, worker))
     _write("build", _compile(["hatchling"]))
     _write("sbom", _compile(["cyclonedx-bom"]))
+
+
+def _extras(*names: str) -> list[str]:
+    return [part for name in names for part in ("--extra", name)]
 
 
 def _compile(requirements: list[str], *options: str) -> list[str]:

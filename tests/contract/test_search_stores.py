@@ -1,9 +1,12 @@
 """What every store of vectors promises at its seam."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from qdrant_client import QdrantClient
 
 from imagemesh_runtime.errors import FailedPrecondition, NotFound
 from imagemesh_runtime.registry import choose_backend
@@ -18,17 +21,43 @@ SPEC = IndexSpec("photos", "vit", Pooling.CLS, 8)
 @pytest.fixture(params=STORES)
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> VitConfig:
     return VitConfig(
-        index_root=str(tmp_path / "indexes"), index_store=request.param, max_indexes=2, max_index_entries=50
-    )
+        index_root=str(tmp_path / "indexes"), index_store=request.param, max_indexes=2, max_index_entries=50,
+        index_url=":memory:" if request.param == "qdrant" else "",
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def server() -> Iterator[None]:
+    """The database of its own that some stores ask; it is there for as long as a test."""
+    _SERVER.append(QdrantClient(":memory:"))
+    yield
+    _SERVER.pop().close()
+
+
+_SERVER: list[QdrantClient] = []
 
 
 def opened(config: VitConfig) -> VectorStore:
-    return choose_backend(STORES, config.index_store)(config)
+    store = choose_backend(STORES, config.index_store)
+    return store(config, _SERVER[-1]) if config.index_store == "qdrant" else store(config)
 
 
 @pytest.fixture
 def store(config: VitConfig) -> VectorStore:
     return opened(config)
+
+
+def test_ten_of_ten_are_those_of_brute_force(config):
+    count, width, k = 3000, 32, 10
+    vectors, asked = unit_vectors(count, width), unit_vectors(30, width, seed=1)
+    store = opened(replace(config, max_index_entries=count))
+    spec = IndexSpec("all", "vit", None, width)
+    for start in range(0, count, 1000):
+        store.put(spec, [str(i) for i in range(start, start + 1000)], vectors[start : start + 1000])
+    found = [{int(hit.id) for hit in row} for row in store.search("all", asked, k)]
+    best = np.argpartition(-(asked @ vectors.T), k, axis=1)[:, :k]
+    recall = np.mean([len(row & set(true.tolist())) / k for row, true in zip(found, best, strict=True)])
+    assert recall >= 0.99
 
 
 def test_what_was_put_is_found_the_likest_first(store):
@@ -41,6 +70,23 @@ def test_what_was_put_is_found_the_likest_first(store):
         expected = np.sort(vectors @ vector)[::-1][:5]
         np.testing.assert_allclose([hit.similarity for hit in row], expected, atol=1e-6)
         assert all(-1 <= hit.similarity <= 1 for hit in row)
+
+
+def test_ids_may_have_any_character(store):
+    ids = ["it's", 'said "so"', "a\\b", "é☃🦊" * 128, "%_*", "1", "['x']", " "]
+    vectors = unit_vectors(len(ids), 8)
+    store.put(SPEC, ids, vectors)
+    assert [row[0].id for row in store.search("photos", vectors, 1)] == ids
+    assert store.put(SPEC, ids[:2], vectors[:2]) == 2
+    assert store.remove("photos", ids[:4]) == 4
+    assert store.count("photos") == len(ids) - 4
+
+
+def test_names_may_have_what_names_may_have(store):
+    specs = {name: IndexSpec(name, "vit", None, 8) for name in ("a_b-c__d-_", "0-d_d")}
+    for spec in specs.values():
+        store.put(spec, ["a"], unit_vectors(1, 8))
+    assert store.specs() == specs
 
 
 def test_asking_for_more_than_there_is_gives_all(store):

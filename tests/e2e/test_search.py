@@ -19,6 +19,7 @@ from imagemesh_cli.main import main
 from imagemesh_client import AsyncClient, Client, Duplicate, Index, MeshError
 from imagemesh_runtime.tensors import to_proto
 from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.search.store import STORES
 from imagemesh_services.vit.service import create
 from tests.support.mesh import running_mesh
 from tests.support.pictures import encoded
@@ -161,6 +162,30 @@ async def test_streams_are_refused_by_their_fields_too(search, request_, said):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collected(method(request_))
     assert said in caught.value.details()
+
+
+@pytest.mark.parametrize("store", STORES)
+async def test_whatever_keeps_them_answers_the_same(tmp_path: Path, store: str):
+    url = ":memory:" if store == "qdrant" else ""
+    config = VitConfig(listen="127.0.0.1:0", backend="fake", index_root=str(tmp_path), index_store=store, index_url=url)
+    async with serving(create, config) as served:
+        stub = rpc.SearchServiceStub(served.channel)
+        images = [image(RED), image(ORANGE), image(BLUE), image(RED)]
+        asked = pb.IndexImagesRequest(index="all-of_it", images=images, ids=["red", "orange", "blue", "twin"])
+        assert (await stub.IndexImages(asked)).index.store == store
+        found = (await stub.SearchImages(pb.SearchImagesRequest(index="all-of_it", images=[image(ORANGE)]))).results
+        assert found[0].matches[0].id == "orange"
+        np.testing.assert_allclose(
+            [one.similarity for one in found[0].matches], [1, 255 / 285, 255 / 285, 0], atol=1e-2
+        )
+        twins = await stub.FindDuplicates(pb.FindDuplicatesRequest(index="all-of_it", min_similarity=0.99))
+        assert [(one.first_id, one.second_id) for one in twins.pairs] == [("red", "twin")]
+        groups, *_ = await collected(stub.ClusterImages(pb.ClusterImagesRequest(index="all-of_it", clusters=2)))
+        assert [one.count for one in groups.clusters] == [3, 1]
+        assert (await stub.RemoveImages(pb.RemoveImagesRequest(index="all-of_it", ids=["twin", "x"]))).removed == 1
+        assert [one.count for one in (await stub.ListIndexes(pb.ListIndexesRequest())).indexes] == [3]
+        with pytest.raises(grpc.aio.AioRpcError, match="perhaps 'all-of_it'"):
+            await stub.DeleteIndex(pb.DeleteIndexRequest(index="all-of-it"))
 
 
 async def test_indexes_outlive_the_service(tmp_path: Path):

@@ -1,6 +1,6 @@
 """Configuration of the ViT service."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from imagemesh_runtime.config import ModelServerConfig
@@ -21,6 +21,11 @@ class VitConfig(ModelServerConfig):
     index_root: str = ""
     # A name in search's STORES, or "auto": the first one whose library is here.
     index_store: str = "auto"
+    # Where a store that is a database of its own listens, and what lets us in.
+    index_url: str = ""
+    index_token: str = field(default="", repr=False)
+    # Look at every vector, and miss none; else by the database's graph, which is faster among millions.
+    index_exact: bool = True
     max_indexes: int = 64
     # Pictures of one index: as float32 of width 768 a million take 3 GB of memory, and as much of the disk.
     max_index_entries: int = 1_000_000

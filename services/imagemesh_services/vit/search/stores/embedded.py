@@ -12,12 +12,11 @@ import numpy as np
 
 from imagemesh_runtime.errors import FailedPrecondition, NotFound
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.vit.backend import Pooling
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.search import segments
 from imagemesh_services.vit.search.folder import index_root
 from imagemesh_services.vit.search.segments import Manifest, Segment
-from imagemesh_services.vit.search.store import Hit, IndexSpec, Pair
+from imagemesh_services.vit.search.store import Hit, IndexSpec, Pair, as_cosine, check_room, spec_fields, spec_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class EmbeddedStore:
 
     def __init__(self, config: VitConfig) -> None:
         self._root = index_root(config)
-        self._max_indexes, self._max_entries = config.max_indexes, config.max_index_entries
+        self._config = config
         self._open: dict[str, _Open] = {}
         self._root.mkdir(parents=True, exist_ok=True)
 
@@ -84,22 +83,12 @@ class EmbeddedStore:
     def put(self, spec: IndexSpec, ids: Sequence[str], vectors: Array) -> int:
         with self._writing():
             if segments.signature(self._root / spec.name) is None:
-                if len(self.specs()) >= self._max_indexes:
-                    raise FailedPrecondition(
-                        f"there are {self._max_indexes} indexes already, as many as max_indexes says"
-                    )
-                fields = {"model": spec.model, "pooling": spec.pooling and spec.pooling.value, "width": spec.width}
-                manifest, known = Manifest(fields), {}
+                manifest, held, known = Manifest(spec_fields(spec)), {}, None
             else:
                 index = self._current(spec.name)
-                manifest, known = index.manifest, index.keys
-                if _spec(spec.name, manifest) != spec:
-                    raise FailedPrecondition(f"index {spec.name} was made anew with another model; try again")
-            replaced = sum(one in known for one in ids)
-            if len(known) - replaced + len(ids) > self._max_entries:
-                raise FailedPrecondition(
-                    f"index {spec.name} holds {len(known)} pictures, and max_index_entries is {self._max_entries}"
-                )
+                manifest, held, known = index.manifest, index.keys, _spec(spec.name, index.manifest)
+            replaced = sum(one in held for one in ids)
+            check_room(self._config, spec, known, len(held), len(ids) - replaced, self.specs)
             self._change(spec.name, manifest, Segment(ids, vectors))
         return replaced
 
@@ -119,7 +108,7 @@ class EmbeddedStore:
             return [[] for _ in vectors]
         similarities, keys = index.vectors.search(np.ascontiguousarray(vectors, np.float32), k)
         return [
-            [Hit(index.ids[key], _cosine(value)) for key, value in zip(*row, strict=True)]
+            [Hit(index.ids[key], as_cosine(value)) for key, value in zip(*row, strict=True)]
             for row in zip(keys.tolist(), similarities.tolist(), strict=True)
         ]
 
@@ -187,13 +176,7 @@ def _empty(seen: tuple[int, int, int], manifest: Manifest) -> _Open:
 
 
 def _spec(name: str, manifest: Manifest) -> IndexSpec:
-    told = manifest.spec
-    return IndexSpec(name, told["model"], Pooling(told["pooling"]) if told["pooling"] else None, told["width"])
-
-
-def _cosine(product: float) -> float:
-    """Rounding may put the product of unit vectors past the end."""
-    return min(max(product, -1.0), 1.0)
+    return spec_of(name, manifest.spec)
 
 
 def _pairs(index: _Open, block: Array, least: float) -> list[Pair]:
@@ -205,5 +188,5 @@ def _pairs(index: _Open, block: Array, least: float) -> list[Pair]:
         for at in range(limits[i], limits[i + 1]):
             if int(keys[at]) > own:
                 first, second = sorted((index.ids[own], index.ids[int(keys[at])]))
-                found.append(Pair(first, second, _cosine(float(similarities[at]))))
+                found.append(Pair(first, second, as_cosine(float(similarities[at]))))
     return found

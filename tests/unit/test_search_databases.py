@@ -1,0 +1,61 @@
+"""Search over a database that isn't there, or isn't told of."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from imagemesh_runtime.errors import FailedPrecondition, Unavailable
+from imagemesh_runtime.registry import choose_backend
+from imagemesh_services.vit.config import VitConfig
+from imagemesh_services.vit.search.store import STORES
+from imagemesh_services.vit.search.stores import milvus
+from imagemesh_services.vit.search.stores.qdrant import QdrantStore
+from tests.support.putting_milvus import SIZE, SPEC
+from tests.support.sizes import ROOT
+from tests.support.vectors import unit_vectors
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_a_database_is_never_picked_by_itself():
+    assert choose_backend(STORES, "auto").name == "faiss"
+
+
+def test_qdrant_wants_an_address():
+    with pytest.raises(FailedPrecondition, match="index_url"):
+        QdrantStore(VitConfig())
+    with pytest.raises(FailedPrecondition, match="index_url"):
+        QdrantStore(VitConfig(index_url="http://[::1"))
+
+
+def test_qdrant_that_cannot_be_reached_is_unavailable():
+    with pytest.raises(Unavailable, match="qdrant: cannot be reached"):
+        QdrantStore(VitConfig(index_url="http://127.0.0.1:1")).specs()
+
+
+def test_milvus_that_cannot_be_reached_is_unavailable(monkeypatch):
+    monkeypatch.setattr(milvus, "_SECONDS", 0.5)
+    with pytest.raises(Unavailable, match="milvus: cannot be reached"):
+        milvus.MilvusStore(VitConfig(index_url="http://127.0.0.1:1")).specs()
+
+
+def test_milvus_lite_keeps_whole_puts_however_its_process_ends(tmp_path):
+    command = [sys.executable, "-m", "tests.support.putting_milvus", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True) as process:
+        try:
+            told = [int(process.stdout.readline()) for _ in range(5)]
+        finally:
+            process.send_signal(signal.SIGKILL)
+    store = milvus.MilvusStore(VitConfig(index_root=str(tmp_path)))
+    count = store.count("photos")
+    assert (count % SIZE, count >= told[-1]) == (0, True)
+    ids = {one for piece, _ in store.vectors("photos") for one in piece}
+    assert ids == {f"{turn}-{i}" for turn in range(count // SIZE) for i in range(SIZE)}
+    vector = unit_vectors(SIZE, SPEC.width, seed=2)[7:8]
+    assert store.search("photos", vector, 1)[0][0] == ("2-7", pytest.approx(1, abs=1e-6))
+
+
+def test_what_lets_us_in_is_not_shown():
+    assert "secret" not in repr(VitConfig(index_token="secret"))
