@@ -1,4 +1,4 @@
-"""What may stand where a server's address is wanted; imports nothing, so that a command's help stays quick."""
+"""What may stand where a server's address is wanted; imports nothing at once, so that a command's help stays quick."""
 
 from typing import Final
 
@@ -19,3 +19,18 @@ def is_address(text: str) -> bool:
     if not host or "/" in host or any(map(str.isspace, text)) or (":" in host and not bracketed):
         return False
     return port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+
+
+def is_local(address: str) -> bool:
+    """Whether a server that listens there can be reached from this machine alone: loopback, or a Unix socket."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if host.lower() == "localhost":
+        return True
+    import ipaddress  # here, so that a command's help stays quick
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,6 +1,7 @@
 """Channels to other services: limits, trace, deadline and errors, the same for every call."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _MARGIN = 0.1
 _MARGIN_MIN, _MARGIN_MAX = 0.02, 1.0
 # How long a peer may take to end a conversation that has been said good-bye to.
 _PARTING_SECONDS = 1.0
+_KEY = re.compile(r"[A-Za-z0-9_.~+/=-]*", re.ASCII)  # what may stand in a Bearer token, and that is in ours
 _WRITE_FAILED = "Internal error from Core"  # grpcio's own words
 
 
@@ -56,7 +58,7 @@ class Peer:
     """A service that this one calls, by name, at ``host:port`` or ``unix:/path``.
 
     Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels, whose payloads come in shared memory if
-    the peer is on this machine and offers some.
+    the peer is on this machine and offers some. ``key`` is shown to a peer that wants an API key.
     """
 
     def __init__(
@@ -68,11 +70,15 @@ class Peer:
         timeout_seconds: float = 600.0,
         metrics: Metrics | None = None,
         shares_memory: bool = True,
+        key: str = "",
     ) -> None:
         if not is_address(address):
             raise InvalidArgument(f"address of {name}", address, WANTED)
+        if not _KEY.fullmatch(key):
+            raise InvalidArgument("key", "something else", "an API key, of letters, digits, - and _")
         self.name = name
         self.address = address
+        self._shown = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout = timeout_seconds
         self._metrics = metrics
         self.channel = grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
@@ -181,8 +187,8 @@ class Peer:
         return min(self._timeout, remaining)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Headers that tie the call to the current one's trace."""
-        return (("traceparent", current_call().trace.child().header),)
+        """Headers that tie the call to the current one's trace, and say who calls."""
+        return (("traceparent", current_call().trace.child().header), *self._shown)
 
     async def close(self) -> None:
         """Close the channel; calls under way end."""

@@ -6,12 +6,14 @@ MeshError                  INTERNAL
 ├── AlreadyExists          ALREADY_EXISTS        ResourceInfo: kind and name
 ├── Overloaded             RESOURCE_EXHAUSTED    RetryInfo: when to come back
 │   └── TooMuchAhead       RESOURCE_EXHAUSTED    RetryInfo: when to come back
+├── OverLimit              RESOURCE_EXHAUSTED    RetryInfo: when to come back; QuotaFailure: what is used up
 ├── TooLarge               RESOURCE_EXHAUSTED
 ├── Unavailable            UNAVAILABLE           ErrorInfo: which service
 │   ├── Hangs              UNAVAILABLE           ErrorInfo: which service, with a reason of its own
 │   └── Deadly             UNAVAILABLE           ErrorInfo: likewise
 ├── DeadlineExceeded       DEADLINE_EXCEEDED     ErrorInfo: which service
 ├── FailedPrecondition     FAILED_PRECONDITION
+├── Unauthenticated        UNAUTHENTICATED       ErrorInfo: what is wrong with the key
 ├── PermissionDenied       PERMISSION_DENIED
 ├── Unimplemented          UNIMPLEMENTED
 ├── NotFinite              INTERNAL              ErrorInfo: which model
@@ -51,6 +53,13 @@ def _perhaps(name: str, names: Sequence[str]) -> str:
     folded = {one.casefold(): one for one in names}
     near = difflib.get_close_matches(name[:_SHOWN].casefold(), folded, n=1, cutoff=0.75)
     return f", perhaps {folded[near[0]]!r}" if near else ""
+
+
+def _retry_info(seconds: float) -> Message:
+    info: Message = error_details_pb2.RetryInfo(
+        retry_delay=duration_pb2.Duration(nanos=int(seconds % 1 * 1e9), seconds=int(seconds))
+    )
+    return info
 
 
 class MeshError(Exception):
@@ -128,8 +137,7 @@ class Overloaded(MeshError):
         super().__init__(f"queue {queue} is full ({limit} waiting); retry after {seconds:.1f} s")
 
     def details(self) -> Sequence[Message]:
-        delay = duration_pb2.Duration(nanos=int(self.seconds % 1 * 1e9), seconds=int(self.seconds))
-        return (error_details_pb2.RetryInfo(retry_delay=delay),)
+        return (_retry_info(self.seconds),)
 
     def retry_after(self) -> float | None:
         return self.seconds
@@ -145,6 +153,23 @@ class TooMuchAhead(Overloaded):
             f"{service}: about {ahead:.1f} s of work are ahead and this takes {own:.1f} s, but its deadline is in "
             f"{remaining:.1f} s; retry after {self.seconds:.1f} s",
         )
+
+
+class OverLimit(MeshError):
+    """What ``subject`` may have is used up for now; the call did no work and may be repeated after ``seconds``."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, subject: str, told: str, seconds: float) -> None:
+        self.subject, self.told, self.seconds = subject, told, seconds
+        super().__init__(f"{subject}: {told}; retry after {seconds:.1f} s")
+
+    def details(self) -> Sequence[Message]:
+        violation = error_details_pb2.QuotaFailure.Violation(subject=self.subject, description=self.told)
+        return (_retry_info(self.seconds), error_details_pb2.QuotaFailure(violations=[violation]))
+
+    def retry_after(self) -> float | None:
+        return self.seconds
 
 
 class TooLarge(MeshError):
@@ -205,6 +230,19 @@ class FailedPrecondition(MeshError):
     """The request is well-formed, but this service can't do it as it is configured."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Unauthenticated(MeshError):
+    """Who asks shows no API key that is taken. ``reason`` is for programs: what is wrong with the one that came."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+    def details(self) -> Sequence[Message]:
+        return (error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN),)
 
 
 class PermissionDenied(MeshError):

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from importlib.metadata import version
 from time import perf_counter_ns
@@ -42,14 +43,35 @@ _FINAL, _EMPTY_FINAL = "triton_final_response", "triton_enable_empty_final_respo
 
 
 class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated without types
-    """All 20 methods over a fixed set of models; ``seconds`` is how long one request of a stream may take."""
+    """All 20 methods over a fixed set of models.
 
-    def __init__(self, server: str, models: Sequence[OipModel], ready: Any, seconds: float) -> None:
+    Args:
+        seconds: how long one request of a stream may take.
+        count_message: called for each request of a stream; refuses one by raising a ``MeshError``.
+        tenant: whose regions of shared memory a call sees.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        models: Sequence[OipModel],
+        ready: Any,
+        seconds: float,
+        *,
+        count_message: Callable[[], None] = lambda: None,
+        tenant: Callable[[], str] = lambda: "",
+    ) -> None:
         self._server = server
         self._models = {model.name: model for model in models}
         self._ready = ready
         self._seconds = seconds
-        self._regions = Regions()
+        self._count_message = count_message
+        self._tenant = tenant
+        self._by_tenant: defaultdict[str, Regions] = defaultdict(Regions)
+
+    @property
+    def _regions(self) -> Regions:
+        return self._by_tenant[self._tenant()]
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -222,6 +244,7 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         whole = call.deadline
         call.deadline = end if whole is None else min(end, whole)
         try:
+            self._count_message()
             async with aclosing(self._answers(request, context)) as responses:
                 while True:
                     async with asyncio.timeout(end - time.monotonic()) as limit:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from imagemesh_runtime.config import ServerConfig
 from imagemesh_runtime.health import HealthServicer
 from imagemesh_runtime.http import HttpServer, admin_routes, metrics_routes
 from imagemesh_runtime.interceptors import (
+    Layer,
     LayeredInterceptor,
     context_layer,
     errors_layer,
@@ -39,9 +40,12 @@ class MeshServer:
 
     Lifecycle: ``add`` servicers, ``start``, ``set_ready``; later ``drain`` (asks for new work to go
     elsewhere) and ``stop``.
+
+    Args:
+        layers: more of what happens around every call, where its errors are told and its context is known.
     """
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics, layers: Sequence[Layer] = ()) -> None:
         self.name, self.metrics = metrics.service, metrics
         self.address = ""
         self._config = config
@@ -51,14 +55,15 @@ class MeshServer:
         self._draining = self._hangs = False
         self._leases = Leases(config.listen, config.shared_memory_bytes)
         self._shares_memory = False
-        layers = [
+        around = [
             metrics_layer(metrics),
             context_layer(config.request_timeout_seconds),
             errors_layer(self.name),
+            *layers,
             shared_memory_layer(self._leases),
         ]
         self._server = grpc.aio.server(
-            interceptors=(LayeredInterceptor(layers, metrics, config.max_message_bytes),),
+            interceptors=(LayeredInterceptor(around, metrics, config.max_message_bytes),),
             options=channel_options(config.max_message_bytes),
             maximum_concurrent_rpcs=config.max_concurrent_calls,
         )
