@@ -16,7 +16,7 @@ def demo(args: Namespace) -> int:
     set_process_defaults(os.environ.get("IMAGEMESH_LOG_LEVEL", "WARNING"))
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name in ("models", "backend") if (value := getattr(args, name)) is not None}
-    free = {"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0"}
+    free = {"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", "keys_file": ""}
     asyncio.run(_demo(MeshHost.configured(settings, free, args.config), args.prompt, args.seed, args.out))
     return 0
 

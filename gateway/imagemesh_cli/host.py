@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
+from imagemesh_gateway.access.door import require_keys
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.jobs.service import folder_of
 from imagemesh_runtime.config import ModelServerConfig
@@ -52,6 +53,7 @@ class MeshHost:
         return cls(services, configure(GatewayConfig, gateway, file))
 
     async def __aenter__(self) -> Self:
+        require_keys(self._gateway_config)
         require_free("gateway", self._gateway_config.listen, self._gateway_config.http_listen)
         async with AsyncExitStack() as stack:
             parent = gettempdir() if len(gettempdir()) <= LONGEST_PARENT else "/tmp"  # noqa: S108

@@ -13,7 +13,7 @@ _SHOWN = 40  # characters of a prompt in the table
 def create_job(args: Namespace) -> int:
     """Have pictures made; tell the job's id."""
     options = generation_options(args)
-    with Client(args.server, timeout=args.timeout) as client:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
         job = client.jobs.create(
             args.prompt,
             idempotency_key=args.key,
@@ -30,19 +30,19 @@ def create_job(args: Namespace) -> int:
 
 def list_jobs(args: Namespace) -> int:
     """List jobs, the newest first."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
         jobs = client.jobs.list(args.state, args.limit)
     if args.json:
         print_json({"jobs": [_json(job) for job in jobs]})
         return 0
-    rows = [(job.id, job.state, _standing(job), _local(job.created), _cut(job.prompt)) for job in jobs]
-    print_table(("ID", "STATE", "", "CREATED", "PROMPT"), rows)
+    rows = [(job.id, job.state, _standing(job), _local(job.created), job.tenant, _cut(job.prompt)) for job in jobs]
+    print_table(("ID", "STATE", "", "CREATED", "TENANT", "PROMPT"), rows)
     return 0
 
 
 def watch_job(args: Namespace) -> int:
     """Follow a job to its end; write its pictures where that is wanted."""
-    with Client(args.server, timeout=args.timeout) as client, progress_bar("job") as show:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client, progress_bar("job") as show:
         made = client.jobs.wait(args.job, on_progress=show)
         job = client.jobs.get(args.job)
     if args.output is not None:
@@ -56,7 +56,7 @@ def watch_job(args: Namespace) -> int:
 
 def cancel_job(args: Namespace) -> int:
     """Cancel a job unless it is finished; tell which of the two it is."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
         job = client.jobs.cancel(args.job)
     if args.json:
         print_json(_json(job))
@@ -85,6 +85,7 @@ def _json(job: Job) -> object:
         "prompt": job.prompt,
         "model": job.model,
         "attempts": job.attempts,
+        "tenant": job.tenant,
         "error": {"code": job.error.code, "message": job.error.message} if job.error else None,
         **{name: at.isoformat() if (at := getattr(job, name)) else None for name in times},
     }

@@ -6,6 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from imagemesh_cli.generation_parser import add_generation
+from imagemesh_cli.key_parser import KEYS_HELP, add_keys
 from imagemesh_cli.option_types import (
     SERVER_VARIABLE,
     FromEnvironment,
@@ -86,6 +87,7 @@ def build_parser() -> ArgumentParser:
     add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
     add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
+    add_keys(commands.add_parser("keys", help="make, list and revoke API keys", description=KEYS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
     _client(command("schedulers", "client_commands:schedulers", "list the schedulers; --json tells their options"))
     _client(command("guiders", "client_commands:guiders", "list the ways of guidance; --json tells their options"))
@@ -97,6 +99,10 @@ def _up(parser: ArgumentParser) -> None:
     parser.add_argument("--host", help="address that the gateway listens on (default: 127.0.0.1)")
     parser.add_argument("--grpc-port", type=port, metavar="PORT", help="for gRPC (default: 50050; 0: any free one)")
     parser.add_argument("--http-port", type=port, metavar="PORT", help="for HTTP (default: 7860; 0: any free one)")
+    parser.add_argument("--keys", type=file, metavar="FILE", help="take calls only with an API key of this file")
+    parser.add_argument(
+        "--allow-anyone", action="store_true", help="take calls without a key from other machines too (see --host)"
+    )
     parser.add_argument("--json", action="store_true", help="tell as JSON where it listens")
     _models_and_config(parser)
 
@@ -153,6 +159,10 @@ def _client(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--server", type=address, default=FromEnvironment(given) if given else DEFAULT_SERVER, metavar="HOST:PORT",
         help=f"the gateway, also unix:/path (default: ${SERVER_VARIABLE} or {DEFAULT_SERVER})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="where the gateway wants one (default: $IMAGEMESH_API_KEY, which others of "
+        "this machine don't see in the list of its processes)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=positive, default=600.0, metavar="SECONDS", help="give up after that (default: 600)"

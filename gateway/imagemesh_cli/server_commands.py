@@ -62,6 +62,10 @@ def _gateway(args: Namespace) -> Mapping[str, str]:
         if args.host is not None:
             host = f"[{args.host}]" if ":" in args.host else args.host
         given[name] = f"{host}:{port if wanted is None else wanted}"
+    if args.keys is not None:
+        given["keys_file"] = str(args.keys)
+    if args.allow_anyone:
+        given["allow_anyone"] = "true"
     return given
 
 

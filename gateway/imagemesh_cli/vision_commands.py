@@ -26,7 +26,7 @@ A_STREAM: Final = 256
 
 def classify(args: Namespace) -> int:
     """Name what is in pictures."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
 
         def call(files: Sequence[Path]) -> Generator[Classification | MeshError, None, None]:
             return client.classify_stream(files, args.top_k, threshold=args.threshold, size=args.size, model=args.model)
@@ -46,7 +46,7 @@ def classify(args: Namespace) -> int:
 
 def embed(args: Namespace) -> int:
     """Turn pictures into vectors."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
 
         def call(files: Sequence[Path]) -> Generator[Embeddings | MeshError, None, None]:
             return client.embed_stream(

@@ -1,6 +1,7 @@
 """The client, for callers with an event loop of their own."""
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from types import MappingProxyType, TracebackType
@@ -32,6 +33,7 @@ from imagemesh_runtime.errors import InvalidArgument, MeshError
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 MAX_MESSAGE_BYTES = 256 << 20
+KEY_VARIABLE = "IMAGEMESH_API_KEY"
 
 
 class AsyncClient:
@@ -40,16 +42,25 @@ class AsyncClient:
     Every method raises ``MeshError``, whose ``code`` tells the kind: INVALID_ARGUMENT before the call if a value can't
     be sent, UNAVAILABLE if the gateway isn't there, DEADLINE_EXCEEDED after ``timeout`` seconds; what the gateway
     itself answers is a ``RemoteError`` with its code, text and details. A cancelled call is cancelled in the mesh.
+
+    Args:
+        key: an API key, where the gateway wants one; None: what the variable IMAGEMESH_API_KEY holds, if anything.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout: float = 600.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: float = 600.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        key: str | None = None,
     ) -> None:
         if not timeout > 0:
             raise InvalidArgument("timeout", timeout, "a number of seconds above 0")
         self.address = address
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
+        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
         self._connection: tuple[Peer, rpc.GatewayServiceStub] | None = None
         self._closed = False
         # Generations that the gateway keeps.
@@ -218,7 +229,11 @@ class AsyncClient:
             raise RuntimeError("this client is closed")
         if self._connection is None:
             peer = Peer(
-                "gateway", self.address, max_message_bytes=self._max_message_bytes, timeout_seconds=self._timeout
+                "gateway",
+                self.address,
+                max_message_bytes=self._max_message_bytes,
+                timeout_seconds=self._timeout,
+                key=self._key,
             )
             self._connection = peer, rpc.GatewayServiceStub(peer.channel)
         return self._connection

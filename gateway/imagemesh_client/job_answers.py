@@ -41,6 +41,7 @@ def job(message: pb.Job) -> Job:
         attempts=message.attempts,
         error=_failure(message.error) if message.HasField("error") else None,
         result=answers.generation(message.result) if message.HasField("result") else None,
+        tenant=message.tenant,
     )
 
 

@@ -42,6 +42,7 @@ class Job:
         progress: while it runs, once a step is done.
         attempts: how often it has begun to run.
         result: of a job that succeeded, where it was asked for by id; lists leave it out.
+        tenant: whose it is, where the gateway wants API keys.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Job:
     attempts: int
     error: JobFailure | None
     result: Generation | None
+    tenant: str = ""
 
     @property
     def done(self) -> bool:

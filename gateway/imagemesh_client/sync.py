@@ -35,9 +35,14 @@ class Client:
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout: float = 600.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: float = 600.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        key: str | None = None,
     ) -> None:
-        self._async = AsyncClient(address, timeout=timeout, max_message_bytes=max_message_bytes)
+        self._async = AsyncClient(address, timeout=timeout, max_message_bytes=max_message_bytes, key=key)
         self._thread = LoopThread(self._async)
         self.jobs = Jobs(self._async.jobs, self._thread)
         self.indexes = Indexes(self._async.indexes, self._thread)

@@ -13,6 +13,10 @@ class GatewayConfig(ServerConfig):
     SERVICE: ClassVar[str] = "gateway"
     listen: str = "127.0.0.1:50050"
     http_listen: str = "127.0.0.1:7860"
+    # API keys, as "imagemesh keys create" writes them; empty: callers need none.
+    keys_file: str = ""
+    # Whether callers need no key where others than this machine can call, too.
+    allow_anyone: bool = False
     text_encoder: str = "127.0.0.1:50051"
     # One replica's address, or several, joined by commas.
     diffusion: str = "127.0.0.1:50052"

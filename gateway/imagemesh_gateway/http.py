@@ -1,7 +1,6 @@
 """The gateway's HTTP face: generate, scrape, probe."""
 
 from collections.abc import Callable
-from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -9,19 +8,18 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client.exposition import choose_encoder
 
-from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody
 from imagemesh_gateway.http_errors import add_error_handlers
 from imagemesh_gateway.http_job_body import JOB_ALLOWED
 from imagemesh_gateway.http_jobs import JOB_LIST_ALLOWED, JOBS_PATH, add_jobs
 from imagemesh_gateway.http_media import JSON, PNG, generation_answer, negotiated, require_json
 from imagemesh_gateway.http_openai import add_openai
+from imagemesh_gateway.http_openapi import describe
 from imagemesh_gateway.http_preprocess import PATH, PREPROCESS_ALLOWED, add_preprocessors
 from imagemesh_gateway.http_search import INDEX_PATH, SEARCH_ALLOWED, SEARCH_PATH, add_search
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.pipeline import generate
-from imagemesh_gateway.plan import make_plan
 from imagemesh_gateway.preprocess import PreprocessServicer
 from imagemesh_gateway.readiness import Readiness
 from imagemesh_gateway.sdapi.routes import add_sdapi
@@ -39,6 +37,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
         swagger_ui_parameters={"validatorUrl": None},
     )
     _add_probes(app, Readiness(mesh, metrics), ready)
+    direct = Direct(mesh, jobs.admission, metrics)
 
     @app.get("/metrics", include_in_schema=False)
     async def scrape(request: Request) -> Response:
@@ -52,7 +51,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
     )
     async def generate_picture(body: GenerateBody, media: Annotated[str, Depends(negotiated)]) -> Response:
         """Make a picture: JSON with the picture in base64, or a PNG where the client likes that better."""
-        return generation_answer(await _generate(mesh, metrics, body.to_proto()), media)
+        return generation_answer(await direct.result(body.to_proto()), media)
 
     add_preprocessors(app, PreprocessServicer(mesh.preprocessors, metrics))
     add_search(app, SearchForwarder(mesh, metrics))
@@ -62,6 +61,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
     by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
     by_path |= {INDEX_PATH: SEARCH_ALLOWED, SEARCH_PATH: SEARCH_ALLOWED}
     add_error_handlers(app, ALLOWED, by_path)
+    describe(app)
     return app
 
 
@@ -76,12 +76,3 @@ def _add_probes(app: FastAPI, readiness: Readiness, ready: Callable[[], bool]) -
         serves = state.serves if ready() else []
         told = {"ready": bool(serves), "serves": serves, "draining": not ready(), "services": dict(state.services)}
         return JSONResponse(told, 200 if serves else 503)
-
-
-async def _generate(mesh: Mesh, metrics: Metrics, asked: pb.GenerateRequest) -> pb.GenerateResult:
-    plan = await make_plan(asked, mesh)
-    async with aclosing(generate(mesh, plan, metrics)) as events:
-        async for event in events:
-            if event.WhichOneof("event") == "result":
-                return event.result
-    raise RuntimeError("the pipeline ended without a result")

@@ -1,6 +1,7 @@
 """Errors as the HTTP face tells them: ``{"error": {"code": ..., "message": ..., "field": ...}}``."""
 
 import logging
+import math
 import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,7 +13,14 @@ from google.rpc import error_details_pb2
 from starlette.exceptions import HTTPException
 
 from imagemesh_runtime.context import current_call
-from imagemesh_runtime.errors import FailedPrecondition, InternalError, InvalidArgument, MeshError, http_status
+from imagemesh_runtime.errors import (
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    MeshError,
+    Unauthenticated,
+    http_status,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +56,13 @@ def status_of(error: MeshError) -> int:
 def timing_of(error: MeshError) -> dict[str, str]:
     """The header that says when to come back, if that may help."""
     retry_after = error.retry_after()
-    return {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+    return {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+
+
+def challenge_of(error: MeshError) -> dict[str, str]:
+    """The header that says how to show a key, if that is what is missing."""
+    told = 'Bearer realm="imagemesh", Basic realm="imagemesh", charset="UTF-8"'
+    return {"WWW-Authenticate": told} if isinstance(error, Unauthenticated) else {}
 
 
 def field_of(error: MeshError) -> str | None:

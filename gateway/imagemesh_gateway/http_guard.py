@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.routing import Match
 
+from imagemesh_gateway.access.door import Door
+from imagemesh_gateway.access.rights import right_of_request
 from imagemesh_gateway.config import GatewayConfig
-from imagemesh_gateway.http_errors import RefusedRequest, error_response, unforeseen
+from imagemesh_gateway.http_errors import RefusedRequest, challenge_of, unforeseen
+from imagemesh_gateway.http_faces import tell
 from imagemesh_gateway.http_job_events import EVENTS_PATH, SOCKET_PATH
 from imagemesh_gateway.http_origin import SAFE_METHODS, check_origin
 from imagemesh_runtime.context import CallContext, Trace, set_current_call
@@ -81,14 +84,15 @@ class _Exchange:
     async def fail(self, error: MeshError, headers: dict[str, str] | None = None) -> None:
         """Answer with the error, unless an answer has begun."""
         if self.status is None:
-            await error_response(error, headers)(self.scope, self.receive, self.send)
+            await _answer(self.scope, error, headers)(self.scope, self.receive, self.send)
 
 
 class Guard:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: FastAPI, metrics: Metrics, limits: HttpLimits) -> None:
+    def __init__(self, app: FastAPI, metrics: Metrics, limits: HttpLimits, door: Door) -> None:
         self._app = app
+        self._door = door
         self._limits = limits
         self._running = {"requests": 0, "watches": 0}
         labels = ("method", "path")
@@ -124,14 +128,24 @@ class Guard:
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
         _begin_call(scope, None)
+        try:
+            self._let_in(scope)
+        except MeshError as error:
+            await _answer(scope, error)(scope, receive, send)
+            return
         full = self._full("watches")
         if full is not None:
-            await error_response(full, _LATER)(scope, receive, send)
+            await _answer(scope, full, _LATER)(scope, receive, send)
             return
         with self._counted("watches"):
             await self._app(scope, receive, send)
 
     async def _admit(self, exchange: _Exchange, path: str) -> None:
+        try:
+            self._let_in(exchange.scope)
+        except MeshError as error:
+            await exchange.fail(error)
+            return
         kind = "watches" if path in WATCHES else "requests"
         if path in PROBES:
             await self._app(exchange.scope, exchange.receive, exchange.send)
@@ -140,6 +154,11 @@ class Guard:
         else:
             with self._counted(kind):
                 await self._bounded(exchange, None if kind == "watches" else self._limits.request_seconds)
+
+    def _let_in(self, scope: Any) -> None:
+        """Raise MeshError unless the door does; before the body is read, and before the request counts."""
+        right = right_of_request(scope.get("method", "GET"), scope["path"])
+        self._door.enter(Headers(scope=scope).get("authorization"), right)
 
     def _full(self, kind: str) -> MeshError | None:
         limit = getattr(self._limits, kind)
@@ -231,6 +250,13 @@ class Guard:
         if work.cancelled():
             raise _ClientGoneError
         work.result()
+
+
+def _answer(scope: Any, error: MeshError, headers: dict[str, str] | None = None) -> Response:
+    """The error as the API at that path tells of it."""
+    response = tell(error, scope["path"])
+    response.headers.update({**challenge_of(error), **(headers or {})})
+    return response
 
 
 def _begin_call(scope: Any, seconds: float | None) -> None:

@@ -65,6 +65,8 @@ def job_json(job: pb.Job) -> dict[str, Any]:
     """The job; of its result where the pictures are, and not their bytes."""
     told: dict[str, Any] = {"id": job.id, "state": state_name(job), "attempts": job.attempts}
     told["priority"] = _priority(job.priority)
+    if job.tenant:
+        told["tenant"] = job.tenant
     told |= {name: getattr(job, name).ToJsonString() for name in _TIMES if job.HasField(name)}
     told["request"] = request_json(job.request)
     if job.state == pb.JOB_STATE_QUEUED:

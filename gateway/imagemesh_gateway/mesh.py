@@ -15,11 +15,12 @@ from imagemesh.v1 import (
     vae_service_pb2_grpc,
     vit_service_pb2_grpc,
 )
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.preprocess import Preprocessors
 from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound, PermissionDenied
 from imagemesh_runtime.metrics import Metrics
 
 ModelInfo = model_service_pb2.ModelInfo
@@ -104,7 +105,7 @@ class Mesh:
 
 
 class Catalogue:
-    """Remembers for a while which models each service has."""
+    """Remembers for a while which models each service has, and tells callers of those that their key is for."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._timeout = config.catalogue_timeout_seconds
@@ -126,21 +127,32 @@ class Catalogue:
 
         Raises:
             NotFound: there is no such model; the error lists what there is.
+            PermissionDenied: the caller's key is for other models.
             FailedPrecondition: the default is asked for, and the service has no model at all.
             Unavailable, DeadlineExceeded: the service doesn't say.
         """
-        wanted = name or self._defaults.get(peer.name, "")
+        caller = current_caller()
+        usual = self._defaults.get(peer.name, "")
+        wanted = name or (usual if caller.may_use(usual) else "")
         fetched, models = self._known.get(peer.name, (0.0, {}))
         if time.monotonic() - fetched > self._ttl or (wanted and wanted not in models):
-            models = await self.fetch(peer)
+            models = await self._fetch(peer)
         if not wanted:
-            if not models:
-                looked = f"; it looked in {', '.join(roots)}" if (roots := self._roots.get(peer.name)) else ""
-                raise FailedPrecondition(f"{peer.name} has no model to serve{looked}")
-            wanted = min(models)
+            wanted = self._first(peer.name, models)
         if wanted not in models:
-            raise NotFound("model", wanted, models)
+            raise NotFound("model", wanted, caller.usable(models))
+        caller.require_model(wanted)
         return models[wanted]
+
+    def _first(self, service: str, models: Mapping[str, ModelInfo]) -> str:
+        """The first by name that the caller may use; errors as ``find``."""
+        if not models:
+            looked = f"; it looked in {', '.join(roots)}" if (roots := self._roots.get(service)) else ""
+            raise FailedPrecondition(f"{service} has no model to serve{looked}")
+        usable = current_caller().usable(models)
+        if not usable:
+            raise PermissionDenied(f"key {current_caller().id} is for no model of {service}")
+        return min(usable)
 
     async def fetch(self, peer: Peer | Replicas) -> Mapping[str, ModelInfo]:
         """Ask the service now; of several replicas, one after another until one answers.
@@ -148,6 +160,10 @@ class Catalogue:
         Raises:
             MeshError: it can't be reached, or does not answer in time.
         """
+        models = await self._fetch(peer)
+        return {name: models[name] for name in current_caller().usable(models)}
+
+    async def _fetch(self, peer: Peer | Replicas) -> Mapping[str, ModelInfo]:
         return await (self._ask(peer) if isinstance(peer, Peer) else peer.ask(self._ask))
 
     async def _ask(self, peer: Peer) -> Mapping[str, ModelInfo]:

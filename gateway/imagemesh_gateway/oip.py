@@ -11,13 +11,11 @@ from google.protobuf.json_format import MessageToDict
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import text_encoder_service_pb2, vae_service_pb2, vit_service_pb2
+from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.pipeline import generate
-from imagemesh_gateway.plan import make_plan
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.images import decode_file
-from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip_messages import one_string, strings
 from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
 from imagemesh_runtime.oip_stages import Name, text_models, vae_models, vit_models
@@ -35,7 +33,7 @@ _NUMBERS: Final = {
 _WORDS: Final = ("negative_prompt", "scheduler", "model")
 
 
-def oip_models(mesh: Mesh, metrics: Metrics) -> list[OipModel]:
+def oip_models(mesh: Mesh, direct: Direct) -> list[OipModel]:
     """All of them."""
 
     async def classify(request: vit_service_pb2.ClassifyImagesRequest) -> vit_service_pb2.ClassifyImagesResponse:
@@ -63,7 +61,7 @@ def oip_models(mesh: Mesh, metrics: Metrics) -> list[OipModel]:
         return from_proto(answer.mean, "mean"), from_proto(answer.log_variance, "log_variance")
 
     return [
-        _generate_model(mesh, metrics),
+        _generate_model(mesh, direct),
         *text_models(_stage_name(mesh, mesh.text_encoder), encode_text),
         *vae_models(_stage_name(mesh, mesh.vae), decode, encode),
         *vit_models(_name(mesh, mesh.vit), classify, embed),
@@ -87,19 +85,19 @@ def _stage_name(mesh: Mesh, peer: Peer) -> Name:
     return name
 
 
-def _generate_model(mesh: Mesh, metrics: Metrics) -> OipModel:
+def _generate_model(mesh: Mesh, direct: Direct) -> OipModel:
     """``generate``: an answer a step, with ``step`` and ``steps``, and the last with the pictures."""
 
     async def stream(arrays: Arrays, parameters: Parameters) -> AsyncGenerator[tuple[Arrays, bool], None]:
-        plan = await make_plan(_request(arrays), mesh)
-        steps = plan.steps
-        async with aclosing(generate(mesh, plan, metrics)) as events:
+        steps = 0
+        async with aclosing(direct.stream(_request(arrays))) as events:
             async for event in events:
                 kind = event.WhichOneof("event")
                 if kind == "progress":
                     steps = event.progress.steps
                     yield {"step": _one(event.progress.step), "steps": _one(steps)}, False
                 elif kind == "result":
+                    steps = steps or event.result.parameters.steps
                     yield (
                         await asyncio.to_thread(_made, event.result) | {"step": _one(steps), "steps": _one(steps)},
                         True,

@@ -10,6 +10,7 @@ from PIL import Image
 from imagemesh.v1 import gateway_service_pb2, image_pb2
 from imagemesh.v1 import preprocess_service_pb2 as pb
 from imagemesh.v1 import preprocess_service_pb2_grpc as rpc
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime import preprocessing
 from imagemesh_runtime.client import Hop, Peer
@@ -58,7 +59,15 @@ class Preprocessors:
         return _checked(unit, field, await self.infos())
 
     async def run(self, request: pb.PreprocessRequest, hop: Hop | None = None) -> pb.PreprocessResponse:
-        """The service's answer."""
+        """The service's answer.
+
+        Raises:
+            PermissionDenied: it takes a model that the caller's key is not for.
+        """
+        key = current_caller().key
+        if key is not None and key.models:  # else there is no need to ask which model it will be
+            info = preprocessing.find_preprocessor(await self.infos(), request.preprocessor)
+            _require(preprocessing.find_model(info, request.model, "model"))
         answer: pb.PreprocessResponse = await self._peer.unary(self._stub.Preprocess, request, hop)
         return answer
 
@@ -81,12 +90,19 @@ def _checked(
 ) -> pb.PreprocessRequest:
     info = preprocessing.find_preprocessor(infos, unit.preprocessor)
     preprocessing.check_parameters(info, unit.preprocessor_parameters, f"{field}.preprocessor_parameters")
+    model = preprocessing.find_model(info, unit.preprocessor_model, f"{field}.preprocessor_model")
+    _require(model)
     return pb.PreprocessRequest(
         preprocessor=info.name,
         parameters=unit.preprocessor_parameters,
         resolution=unit.preprocessor_resolution,
-        model=preprocessing.find_model(info, unit.preprocessor_model, f"{field}.preprocessor_model"),
+        model=model,
     )
+
+
+def _require(model: str) -> None:
+    if model:  # not every preprocessor has one
+        current_caller().require_model(model)
 
 
 class PreprocessServicer(rpc.PreprocessServiceServicer):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from imagemesh.v1 import diffusion_service_pb2, reference_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_runtime.errors import NotFound
 from imagemesh_runtime.images import decode
@@ -30,6 +31,7 @@ async def reference_plans(request: pb.GenerateRequest, mesh: "Mesh") -> tuple[Re
 
     Raises:
         NotFound: there is no such adapter, or none at all.
+        PermissionDenied: the caller's key is for others.
         InvalidArgument: a bound is passed.
     """
     check_range("references", len(request.references), 0, MAX_REFERENCES)
@@ -37,13 +39,15 @@ async def reference_plans(request: pb.GenerateRequest, mesh: "Mesh") -> tuple[Re
         return ()
     asked = reference_service_pb2.ListAdaptersRequest()
     told: reference_service_pb2.ListAdaptersResponse = await mesh.vit.unary(mesh.references.ListAdapters, asked)
-    plans = []
+    caller, plans = current_caller(), []
     for i, one in enumerate(request.references):
         scale = one.scale if one.HasField("scale") else 1.0
         check_range(f"references[{i}].scale", scale, 0, MAX_CONTROL_SCALE)
         if not told.adapters or (one.adapter and one.adapter not in told.adapters):
             raise NotFound("IP-Adapter", one.adapter or "any", told.adapters)
-        plans.append(ReferencePlan(one, one.adapter or told.adapters[0], scale))
+        adapter = one.adapter or next(iter(caller.usable(told.adapters)), told.adapters[0])
+        caller.require_model(adapter)
+        plans.append(ReferencePlan(one, adapter, scale))
     return tuple(plans)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from imagemesh.v1 import search_service_pb2 as pb
 from imagemesh.v1 import search_service_pb2_grpc as rpc
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.metrics import Metrics
@@ -20,6 +21,8 @@ class SearchForwarder(rpc.SearchServiceServicer):
         self._stub = rpc.SearchServiceStub(mesh.vit.channel)
 
     async def IndexImages(self, request: pb.IndexImagesRequest, context: Any) -> pb.IndexImagesResponse:
+        if request.model:
+            current_caller().require_model(request.model)
         if not (request.model or request.default_model):
             # Without a model too, what is wrong with the request comes first, and only the service knows that.
             with suppress(FailedPrecondition):

@@ -1,6 +1,7 @@
 """Puts the gateway together: config -> channels -> gRPC and HTTP servers."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,10 @@ import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc, search_service_pb2_grpc
+from imagemesh_gateway.access.caller import current_caller
+from imagemesh_gateway.access.door import Door
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import WS_MESSAGE_BYTES, Guard, HttpLimits
 from imagemesh_gateway.jobs.service import Jobs
@@ -22,15 +26,28 @@ from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
 from imagemesh_runtime.server import MeshServer
 
+log = logging.getLogger(__name__)
+
 
 class GatewayServer(MeshServer):
     """The gRPC server with the HTTP face beside it, in one event loop."""
 
-    def __init__(self, config: GatewayConfig, mesh: Mesh, metrics: Metrics) -> None:
-        super().__init__(config, metrics)
+    def __init__(self, config: GatewayConfig, mesh: Mesh, metrics: Metrics, door: Door) -> None:
+        super().__init__(config, metrics, layers=[door.layer()])
         self._mesh = mesh
+        self._door = door
+        self._jobs = Jobs(config, mesh, metrics)
+        self._add_services(config, mesh, metrics)
+        app = create_app(mesh, self._jobs, metrics, lambda: self._ready)
+        self._http = _http_server(config, Guard(app, metrics, HttpLimits.of(config), door))
+        self._http_task: asyncio.Task[None] | None = None
+
+    def _add_services(self, config: GatewayConfig, mesh: Mesh, metrics: Metrics) -> None:
+        direct, count = Direct(mesh, self._jobs.admission, metrics), self._door.count_message
         self.add(
-            rpc.add_GatewayServiceServicer_to_server, GatewayServicer(mesh, metrics), "imagemesh.v1.GatewayService"
+            rpc.add_GatewayServiceServicer_to_server,
+            GatewayServicer(mesh, metrics, direct, count),
+            "imagemesh.v1.GatewayService",
         )
         self.add(
             preprocess_service_pb2_grpc.add_PreprocessServiceServicer_to_server,
@@ -42,22 +59,18 @@ class GatewayServer(MeshServer):
             SearchForwarder(mesh, metrics),
             "imagemesh.v1.SearchService",
         )
-        self._jobs = Jobs(config, mesh, metrics)
         self.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"
         )
-        faces, seconds = oip_models(mesh, metrics), config.request_timeout_seconds
-        self.add(add_inference, InferenceServicer("imagemesh", faces, lambda: self.ready, seconds), FULL_NAME)
-        app = Guard(create_app(mesh, self._jobs, metrics, lambda: self._ready), metrics, HttpLimits.of(config))
-        host, _, port = config.http_listen.rpartition(":")
-        host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
-        self._http = _EmbeddedUvicorn(
-            uvicorn.Config(
-                app, host=host, port=int(port), lifespan="off", log_config=None, ws_max_size=WS_MESSAGE_BYTES,
-                access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
-            )
-        )  # fmt: skip
-        self._http_task: asyncio.Task[None] | None = None
+        inference = InferenceServicer(
+            "imagemesh",
+            oip_models(mesh, direct),
+            lambda: self.ready,
+            config.request_timeout_seconds,
+            count_message=count,
+            tenant=lambda: current_caller().tenant,
+        )
+        self.add(add_inference, inference, FULL_NAME)
 
     @property
     def http_address(self) -> str:
@@ -67,6 +80,7 @@ class GatewayServer(MeshServer):
 
     async def start(self) -> None:
         """Bind both faces; ready when both listen."""
+        self._door.start()
         await self._jobs.start()
         await super().start()
         self._http_task = asyncio.create_task(self._http.serve())
@@ -86,7 +100,21 @@ class GatewayServer(MeshServer):
                 try:
                     await self._jobs.stop()
                 finally:
+                    await self._door.stop()
                     await self._mesh.close()
+
+
+def _http_server(config: GatewayConfig, app: Guard) -> "_EmbeddedUvicorn":
+    host, _, port = config.http_listen.rpartition(":")
+    host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
+    return _EmbeddedUvicorn(
+        uvicorn.Config(
+            app, host=host, port=int(port), lifespan="off", log_config=None, ws_max_size=WS_MESSAGE_BYTES,
+            access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
+            # Below INFO it writes down the headers of WebSockets, with their keys.
+            log_level=logging.INFO if log.isEnabledFor(logging.DEBUG) else None,
+        )
+    )  # fmt: skip
 
 
 class _EmbeddedUvicorn(uvicorn.Server):
@@ -120,4 +148,5 @@ class _EmbeddedUvicorn(uvicorn.Server):
 def create(config: GatewayConfig) -> GatewayServer:
     """The gateway, not yet started; call it inside the event loop that will run it."""
     metrics = Metrics(config.SERVICE)
-    return GatewayServer(config, Mesh(config, metrics), metrics)
+    door = Door(config, metrics)  # before channels are opened, since it may refuse
+    return GatewayServer(config, Mesh(config, metrics), metrics, door)

@@ -1,29 +1,32 @@
 """The gateway's gRPC face."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh.v1 import vit_service_pb2
+from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.pipeline import generate
-from imagemesh_gateway.plan import make_plan
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.streaming import answers, as_fields
 
 
 class GatewayServicer(rpc.GatewayServiceServicer):
-    """Generates, classifies, embeds and lists by asking the services."""
+    """Generates, classifies, embeds and lists by asking the services.
 
-    def __init__(self, mesh: Mesh, metrics: Metrics) -> None:
+    ``count_message`` is called for each message of a stream, and refuses one by raising a ``MeshError``.
+    """
+
+    def __init__(self, mesh: Mesh, metrics: Metrics, direct: Direct, count_message: Callable[[], None]) -> None:
         self._mesh = mesh
         self._metrics = metrics
+        self._direct = direct
+        self._count_message = count_message
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        plan = await make_plan(request, self._mesh)
-        async with aclosing(generate(self._mesh, plan, self._metrics)) as events:
+        async with aclosing(self._direct.stream(request)) as events:
             async for event in events:
                 yield event
 
@@ -69,16 +72,24 @@ class GatewayServicer(rpc.GatewayServiceServicer):
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any
     ) -> AsyncIterator[pb.ClassifyStreamResponse]:
+        async def answer(one: pb.ClassifyRequest) -> pb.ClassifyResponse:
+            self._count_message()
+            return await self.Classify(one, context)
+
         asked = (message.request async for message in request_iterator)
-        async with aclosing(answers(asked, lambda one: self.Classify(one, context))) as outcomes:
+        async with aclosing(answers(asked, answer)) as outcomes:
             async for index, outcome in outcomes:
                 yield pb.ClassifyStreamResponse(index=index, **as_fields(outcome))
 
     async def EmbedStream(
         self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: Any
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        async def answer(one: pb.EmbedRequest) -> pb.EmbedResponse:
+            self._count_message()
+            return await self.Embed(one, context)
+
         asked = (message.request async for message in request_iterator)
-        async with aclosing(answers(asked, lambda one: self.Embed(one, context))) as outcomes:
+        async with aclosing(answers(asked, answer)) as outcomes:
             async for index, outcome in outcomes:
                 yield pb.EmbedStreamResponse(index=index, **as_fields(outcome))
 

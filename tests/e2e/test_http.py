@@ -353,7 +353,7 @@ async def test_the_gateways_own_work_is_bounded_too(tmp_path: Path, monkeypatch:
     async def forever(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("imagemesh_gateway.http.make_plan", forever)
+    monkeypatch.setattr("imagemesh_gateway.direct.make_plan", forever)
     with running_mesh({"request_timeout_seconds": "0.5"}, backend="fake") as mesh:
         async with httpx.AsyncClient(timeout=30) as client:
             answer = await client.post(url(mesh), json={"prompt": "x"})
@@ -380,7 +380,7 @@ def test_the_unforeseen_is_an_id_whose_story_is_in_the_log(
     async def broken(*_: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("imagemesh_gateway.http.make_plan", broken)
+    monkeypatch.setattr("imagemesh_gateway.direct.make_plan", broken)
     with running_mesh(backend="fake") as mesh:
         answer = post(mesh, {"prompt": "x"})
     assert refusal(answer)[:2] == (500, "INTERNAL")

@@ -34,6 +34,7 @@ def job_message(record: Record) -> pb.Job:
         expires=_time(record.expires),
         attempts=record.fence,
         error=_error(record),
+        tenant=record.tenant,
     )
 
 

@@ -37,6 +37,9 @@ class NewJob:
     deadline: float | None
     # Seconds to keep it for once it is finished.
     retention: float
+    # Whose it is, and the id of the key that it was made with; empty where keys are off.
+    tenant: str = ""
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,5 @@ class Record:
     error_message: str
     # A GenerateResult without the bytes of its pictures, serialised.
     result: bytes | None
+    # Whose it is.
+    tenant: str

@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 
 from imagemesh.v1 import gateway_service_pb2
 from imagemesh.v1 import job_service_pb2 as pb
+from imagemesh_gateway.access.admission import Admission
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.jobs.board import Board
 from imagemesh_gateway.jobs.messages import job_message, states
@@ -31,7 +33,7 @@ _RETRY_SECONDS = 5.0
 
 
 class UnknownJob(NotFound):
-    """No job has this id: it never had one, or it has expired."""
+    """No job has this id: it never had one, it has expired, or it is another tenant's."""
 
     def __init__(self, job: str) -> None:
         super().__init__("job", job, ())
@@ -46,6 +48,7 @@ class Jobs:
         self._mesh = mesh
         self._metrics = metrics
         self._store = StoreThread()
+        self.admission = Admission(self._store)
         self._board = Board()
         starting = config.max_starting_jobs * len(mesh.diffusion.peers)
         self._runner = Runner(self._store, self._board, self._generate, config.max_running_jobs, starting)
@@ -82,6 +85,7 @@ class Jobs:
 
         Raises:
             InvalidArgument, NotFound: as for a generation.
+            PermissionDenied, OverLimit: the caller may not have it, or not now.
             AlreadyExists: the key belongs to a job that asks for something else.
             Overloaded: too many wait.
         """
@@ -89,11 +93,12 @@ class Jobs:
         known = await self._with_key(terms.key)
         existed = known is not None
         if known is None:
-            new = new_job(terms, request.generate, await make_plan(request.generate, self._mesh))
+            plan = await make_plan(request.generate, self._mesh)
+            new = new_job(terms, request.generate, plan)
             limit = self._config.max_queued_jobs
             if await self._store(Store.queued) >= limit:
                 raise Overloaded("jobs", limit, _RETRY_SECONDS)
-            record, existed = await self._store(lambda store: store.add(new))
+            record, existed = await self.admission.accept(new, plan)
         else:
             record = known
         if record.digest != terms.digest:
@@ -111,8 +116,8 @@ class Jobs:
         return await self._describe(await self._find(job), result=True, pictures=pictures)
 
     async def page(self, request: pb.ListJobsRequest) -> tuple[list[pb.Job], str]:
-        """A page of jobs, and the token for the next one."""
-        wanted = states(request.states)
+        """A page of the jobs that the caller sees, and the token for the next one."""
+        wanted, tenant = states(request.states), current_caller().only_tenant
         size = request.page_size or DEFAULT_PAGE
         if size > MAX_PAGE:
             raise InvalidArgument("page_size", size, f"at most {MAX_PAGE}")
@@ -120,7 +125,7 @@ class Jobs:
         if token and not re.fullmatch(r"[0-9]{1,18}", token, re.ASCII):
             raise InvalidArgument("page_token", token, "next_page_token of an earlier answer")
         before = int(token) if token else None
-        records = await self._store(lambda store: store.page(wanted, before, size + 1))
+        records = await self._store(lambda store: store.page(wanted, before, size + 1, tenant))
         more = str(records[size - 1].seq) if len(records) > size else ""
         return [await self._describe(record) for record in records[:size]], more
 
@@ -136,7 +141,7 @@ class Jobs:
             while True:
                 changed.clear()
                 running = self._board.running.get(job)
-                record = await self._find(job) if running is None else running.record
+                record = await self._find(job) if running is None else _seen(job, running.record)
                 now = await self._describe(record, result=True, pictures=pictures)
                 if now != told:
                     told = now
@@ -162,13 +167,11 @@ class Jobs:
         return await self._describe(await self._find(job))
 
     async def _with_key(self, key: str | None) -> Record | None:
-        return None if key is None else await self._store(lambda store: store.find_key(key))
+        tenant = current_caller().tenant
+        return None if key is None else await self._store(lambda store: store.find_key(key, tenant))
 
     async def _find(self, job: str) -> Record:
-        record = await self._store(lambda store: store.get(job))
-        if record is None:
-            raise UnknownJob(job)
-        return record
+        return _seen(job, await self._store(lambda store: store.get(job)))
 
     async def _describe(self, record: Record, result: bool = False, pictures: bool = True) -> pb.Job:
         message = job_message(record)
@@ -188,6 +191,13 @@ class Jobs:
         async with aclosing(generate(self._mesh, plan, self._metrics)) as events:
             async for event in events:
                 yield event
+
+
+def _seen(job: str, record: Record | None) -> Record:
+    """The job's record, if there is one that the caller may see."""
+    if record is None or not current_caller().sees(record.tenant):
+        raise UnknownJob(job)
+    return record
 
 
 def folder_of(config: GatewayConfig, env: Mapping[str, str] = os.environ) -> Path | None:

@@ -2,7 +2,8 @@
 
 import fcntl
 import sqlite3
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL UNIQUE,
-  key TEXT UNIQUE,
+  key TEXT,
   digest BLOB NOT NULL,
   request BLOB NOT NULL,
   summary BLOB NOT NULL,
@@ -33,15 +34,29 @@ CREATE TABLE IF NOT EXISTS jobs (
   expires REAL,
   error_code INTEGER NOT NULL DEFAULT 0,
   error_message TEXT NOT NULL DEFAULT '',
-  result BLOB
+  result BLOB,
+  tenant TEXT NOT NULL DEFAULT '',
+  owner TEXT NOT NULL DEFAULT '',
+  UNIQUE (tenant, key)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS jobs_by_turn ON jobs (state, due, seq);
 CREATE INDEX IF NOT EXISTS jobs_by_expiry ON jobs (expires);
+CREATE TABLE IF NOT EXISTS usage (owner TEXT PRIMARY KEY, day INTEGER NOT NULL, used INTEGER NOT NULL) STRICT;
 """
-_VERSION = 1
+_VERSION = 2
+# Version 1 knew no tenants; of a table's constraints SQLite changes none.
+_FROM_1 = """
+ALTER TABLE jobs RENAME TO jobs_1;
+DROP INDEX jobs_by_turn;
+DROP INDEX jobs_by_expiry;
+"""
+_MOVE_1 = """
+INSERT INTO jobs SELECT *, '', '' FROM jobs_1;
+DROP TABLE jobs_1;
+"""
 _FIELDS = (
     "seq, id, state, fence, failures, digest, summary, created, due, started, finished, deadline, expires, "
-    "error_code, error_message, result"
+    "error_code, error_message, result, tenant"
 )
 
 
@@ -87,21 +102,21 @@ class Store:
     def add(self, job: NewJob) -> tuple[Record, bool]:
         """The job that has this key already, and True; or the new job, and False."""
         cursor = self._db.execute(
-            "INSERT INTO jobs (id, key, digest, request, summary, state, created, due, deadline, retention) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
+            "INSERT INTO jobs (id, key, digest, request, summary, state, created, due, deadline, retention, tenant, "
+            "owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, key) DO NOTHING",
             (
                 job.id, job.key, job.digest, job.request, job.summary, State.QUEUED,
-                job.created, job.due, job.deadline, job.retention,
+                job.created, job.due, job.deadline, job.retention, job.tenant, job.owner,
             ),
         )  # fmt: skip
         existed = cursor.rowcount == 0
-        row = self._one("key = ?", job.key) if existed else self._one("id = ?", job.id)
+        row = self.find_key(job.key, job.tenant) if existed and job.key is not None else self._one("id = ?", job.id)
         assert row is not None
         return row, existed
 
-    def find_key(self, key: str) -> Record | None:
-        """The job with this idempotency key."""
-        return self._one("key = ?", key)
+    def find_key(self, key: str, tenant: str) -> Record | None:
+        """The tenant's job with this idempotency key."""
+        return self._one("tenant = ? AND key = ?", tenant, key)
 
     def get(self, job: str) -> Record | None:
         """How the job stands."""
@@ -118,6 +133,37 @@ class Store:
         count: int = self._db.execute("SELECT count(*) FROM jobs WHERE state = ?", (State.QUEUED,)).fetchone()[0]
         return count
 
+    def active(self, owner: str) -> int:
+        """How many of a key's jobs wait or run."""
+        count: int = self._db.execute(
+            "SELECT count(*) FROM jobs WHERE state IN (?, ?) AND owner = ?", (State.QUEUED, State.RUNNING, owner)
+        ).fetchone()[0]
+        return count
+
+    def used(self, owner: str, day: int) -> int:
+        """What has been charged to a key on that day."""
+        row = self._db.execute("SELECT used FROM usage WHERE owner = ? AND day = ?", (owner, day)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def charge(self, owner: str, day: int, amount: int) -> None:
+        """Charge more to a key on that day; what was charged on others is forgotten."""
+        self._db.execute(
+            "INSERT INTO usage VALUES (?1, ?2, ?3) ON CONFLICT (owner) DO UPDATE SET "
+            "used = ?3 + iif(day = ?2, used, 0), day = ?2",
+            (owner, day, amount),
+        )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is called in the block is one transaction; an exception undoes it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
     def position(self, record: Record) -> int:
         """How many go before a queued job."""
         count: int = self._db.execute(
@@ -125,8 +171,9 @@ class Store:
         ).fetchone()[0]
         return count
 
-    def page(self, states: Sequence[State], before: int | None, limit: int) -> list[Record]:
-        """Jobs in these states (none given: in any), the newest first, from below the ``seq`` that is given."""
+    def page(self, states: Sequence[State], before: int | None, limit: int, tenant: str | None = None) -> list[Record]:
+        """Jobs in these states (none given: in any), the newest first, from below the ``seq`` that is given; of that
+        tenant, or of all."""
         where, values = ["true"], list[Any]()
         if states:
             where.append(f"state IN ({', '.join('?' * len(states))})")
@@ -134,6 +181,9 @@ class Store:
         if before is not None:
             where.append("seq < ?")
             values.append(before)
+        if tenant is not None:
+            where.append("tenant = ?")
+            values.append(tenant)
         rows = self._db.execute(
             f"SELECT {_FIELDS} FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",  # noqa: S608
             (*values, limit),
@@ -238,8 +288,8 @@ class Store:
         if version > _VERSION:
             self.close()
             raise FailedPrecondition(f"jobs_folder {folder} was made by a later version of imagemesh")
-        self._db.executescript(_SCHEMA)
-        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        before, after = (_FROM_1, _MOVE_1) if version == 1 else ("", "")
+        self._db.executescript(f"BEGIN IMMEDIATE;{before}{_SCHEMA}{after}PRAGMA user_version = {_VERSION};COMMIT;")
 
     def _recover(self) -> None:
         """What ran when the last process ended waits again; files that nobody committed go."""

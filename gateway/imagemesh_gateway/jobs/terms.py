@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from imagemesh.v1 import gateway_service_pb2, job_service_pb2, priority_pb2
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.jobs.record import NewJob
 from imagemesh_gateway.plan import Plan
@@ -55,9 +56,10 @@ def check(request: job_service_pb2.CreateJobRequest, config: GatewayConfig) -> T
 
 
 def new_job(terms: Terms, request: gateway_service_pb2.GenerateRequest, plan: Plan) -> NewJob:
-    """The job, accepted now."""
-    now = time.time()
+    """The job, accepted now from the current caller."""
+    now, caller = time.time(), current_caller()
     resolved = _resolved(request, plan)
+    resolved.priority = caller.capped(request.priority)
     return NewJob(
         id=secrets.token_hex(8),
         key=terms.key,
@@ -65,9 +67,11 @@ def new_job(terms: Terms, request: gateway_service_pb2.GenerateRequest, plan: Pl
         request=resolved.SerializeToString(),
         summary=_without_pictures(resolved).SerializeToString(),
         created=now,
-        due=now + PATIENCE[request.priority],
+        due=now + PATIENCE[resolved.priority],
         deadline=None if terms.timeout is None else now + terms.timeout,
         retention=terms.retention,
+        tenant=caller.tenant,
+        owner=caller.id,
     )
 
 
@@ -87,6 +91,8 @@ def _resolved(request: gateway_service_pb2.GenerateRequest, plan: Plan) -> gatew
         resolved.classify.model, resolved.classify.top_k = plan.look.classifier, plan.look.labels
     if plan.look.embedder:
         resolved.embed.model = plan.look.embedder
+    for reference, made in zip(resolved.references, plan.references, strict=True):
+        reference.adapter = made.adapter
     return resolved
 
 

@@ -1,7 +1,9 @@
 """The options that such clients read and set: few here, since a request brings its own."""
 
+from dataclasses import dataclass
 from typing import Any, Final
 
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_runtime.errors import InvalidArgument
 
@@ -26,18 +28,28 @@ MODEL, CLIP = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 _MAX_CLIP: Final = 12
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    model: str = ""
+    clip: int = 1
+
+
 class Options:
-    """The model and the text encoder's layer that requests get which name none, as long as the gateway runs."""
+    """The model and the text encoder's layer that a tenant's requests get which name none, as long as the gateway
+    runs."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self.model = ""
-        self.clip = 1
+        self._by_tenant: dict[str, _Chosen] = {}
+
+    @property
+    def _chosen(self) -> _Chosen:
+        return self._by_tenant.get(current_caller().tenant, _Chosen())
 
     async def told(self) -> dict[str, Any]:
         """All options."""
-        model = await self._mesh.catalogue.find(self._mesh.diffusion, self.model)
-        return {MODEL: model.name, CLIP: self.clip, **_FIXED}
+        model = await self._mesh.catalogue.find(self._mesh.diffusion, self._chosen.model)
+        return {MODEL: model.name, CLIP: self._chosen.clip, **_FIXED}
 
     async def set(self, options: dict[str, Any]) -> None:
         """Set some; all of them or, where one is wrong, none.
@@ -46,7 +58,7 @@ class Options:
             NotFound: no such model.
             InvalidArgument: no such option, or not this value.
         """
-        model, clip = self.model, self.clip
+        model, clip = self._chosen.model, self._chosen.clip
         for name, value in options.items():
             if name == MODEL:
                 model = (await self._mesh.catalogue.find(self._mesh.diffusion, model_name(value))).name
@@ -54,12 +66,12 @@ class Options:
                 clip = clip_layer(value)
             elif name not in _FIXED:
                 raise InvalidArgument(name[:80], value, f"one of the options {', '.join([MODEL, CLIP, *_FIXED])}")
-        self.model, self.clip = model, clip
+        self._by_tenant[current_caller().tenant] = _Chosen(model, clip)
 
     def overridden(self, settings: dict[str, Any]) -> tuple[str, int, list[str]]:
         """The model, the layer from the end (1 is the last), and what else was set and changes nothing."""
-        model = model_name(settings[MODEL]) if settings.get(MODEL) else self.model
-        clip = clip_layer(settings[CLIP]) if settings.get(CLIP) else self.clip
+        model = model_name(settings[MODEL]) if settings.get(MODEL) else self._chosen.model
+        clip = clip_layer(settings[CLIP]) if settings.get(CLIP) else self._chosen.clip
         return model, clip, sorted(set(settings) - {MODEL, CLIP})
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
+from collections import defaultdict
 from typing import Any
 
 from imagemesh.v1 import job_service_pb2 as pb
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.http_jobs import result_of
 from imagemesh_gateway.jobs.awaited import await_job, create_awaited
 from imagemesh_gateway.jobs.service import Jobs
@@ -19,11 +21,17 @@ _KEPT_SECONDS = 3600.0
 
 
 class Work:
-    """Runs generations as jobs and remembers which are these clients' own, in the order in which they came."""
+    """Runs generations as jobs and remembers which are each tenant's by these clients, in the order in which they
+    came."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._running: dict[str, float] = {}
+        self._by_tenant: defaultdict[str, dict[str, float]] = defaultdict(dict)
+
+    @property
+    def _running(self) -> dict[str, float]:
+        """The caller's tenant's jobs, and when they came."""
+        return self._by_tenant[current_caller().tenant]
 
     async def generate(self, asked: Asked, body: GenerationBody) -> dict[str, Any]:
         """Make the pictures; of an interrupted generation there are none. Errors are those of the job."""

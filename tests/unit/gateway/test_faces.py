@@ -13,6 +13,7 @@ import pytest
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway import oip
+from imagemesh_gateway.access.door import Door
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import Guard, HttpLimits
@@ -34,9 +35,10 @@ from imagemesh_runtime.metrics import Metrics
 async def test_requests_are_counted_by_their_route_also_those_of_imitated_apis(path: str, template: str) -> None:
     config, metrics = GatewayConfig(catalogue_timeout_seconds=0.1), Metrics("gateway")
     mesh = Mesh(config, metrics)
-    app = Guard(create_app(mesh, Jobs(config, mesh, metrics), metrics, lambda: True), metrics, HttpLimits.of(config))
+    app = create_app(mesh, Jobs(config, mesh, metrics), metrics, lambda: True)
+    guard = Guard(app, metrics, HttpLimits.of(config), Door(config, metrics))
     try:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url="http://gateway") as client:
             code = (await client.get(path)).status_code
     finally:
         await mesh.close()
@@ -86,17 +88,13 @@ async def test_a_stage_without_a_model_named_takes_the_meshs_default_one() -> No
 
 
 async def test_pictures_are_decoded_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def make_plan(*_: Any) -> Any:
-        return SimpleNamespace(steps=1)
-
-    async def generate(*_: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def stream(_: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         yield pb.GenerateResponse(result=pb.GenerateResult())
 
     threads: list[int] = []
-    monkeypatch.setattr(oip, "make_plan", make_plan)
-    monkeypatch.setattr(oip, "generate", generate)
     monkeypatch.setattr(oip, "_made", lambda result: threads.append(threading.get_ident()) or {})
-    model: Any = oip._generate_model(None, None)  # type: ignore[arg-type]
+    direct: Any = SimpleNamespace(stream=stream)
+    model: Any = oip._generate_model(None, direct)  # type: ignore[arg-type]
     assert [last async for _, last in model.stream({}, {})] == [True]
     assert len(threads) == 1
     assert threads[0] != threading.get_ident()

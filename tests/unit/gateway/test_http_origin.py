@@ -4,6 +4,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from imagemesh_gateway.access.door import Door
+from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_runtime.metrics import Metrics
 
@@ -22,7 +24,8 @@ def client(calls: list[str]) -> TestClient:
         return {}
 
     app.add_api_route("/change", change, methods=["POST", "DELETE", "GET"])
-    guard = Guard(app, Metrics("gateway"), HttpLimits(4, 4, 1000, 5.0, 5.0))
+    metrics = Metrics("gateway")
+    guard = Guard(app, metrics, HttpLimits(4, 4, 1000, 5.0, 5.0), Door(GatewayConfig(), metrics))
     return TestClient(guard, base_url="http://mesh:7860")
 
 

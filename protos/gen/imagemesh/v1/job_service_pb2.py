@@ -27,41 +27,41 @@ from imagemesh.v1 import gateway_service_pb2 as imagemesh_dot_v1_dot_gateway__se
 from imagemesh.v1 import priority_pb2 as imagemesh_dot_v1_dot_priority__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/job_service.proto\x12\x0cimagemesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"imagemesh/v1/gateway_service.proto\x1a\x1bimagemesh/v1/priority.proto\"\x9b\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.imagemesh.v1.JobState\x12.\n\x07request\x18\x03 \x01(\x0b\x32\x1d.imagemesh.v1.GenerateRequest\x12(\n\x08priority\x18\x04 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12\x10\n\x08position\x18\x05 \x01(\r\x12+\n\x08progress\x18\x06 \x01(\x0b\x32\x19.imagemesh.v1.JobProgress\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07started\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x0c \x01(\r\x12%\n\x05\x65rror\x18\r \x01(\x0b\x32\x16.imagemesh.v1.JobError\x12,\n\x06result\x18\x0e \x01(\x0b\x32\x1c.imagemesh.v1.GenerateResult\"<\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x10\n\x08previews\x18\x03 \x03(\x0c\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc4\x01\n\x10\x43reateJobRequest\x12/\n\x08generate\x18\x01 \x01(\x0b\x32\x1d.imagemesh.v1.GenerateRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11retention_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_timeout_secondsB\x14\n\x12_retention_seconds\"D\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\"`\n\x0fListJobsRequest\x12&\n\x06states\x18\x01 \x03(\x0e\x32\x16.imagemesh.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.imagemesh.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"2\n\x10WatchJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x85\x03\n\nJobService\x12L\n\tCreateJob\x12\x1e.imagemesh.v1.CreateJobRequest\x1a\x1f.imagemesh.v1.CreateJobResponse\x12\x43\n\x06GetJob\x12\x1b.imagemesh.v1.GetJobRequest\x1a\x1c.imagemesh.v1.GetJobResponse\x12I\n\x08ListJobs\x12\x1d.imagemesh.v1.ListJobsRequest\x1a\x1e.imagemesh.v1.ListJobsResponse\x12K\n\x08WatchJob\x12\x1d.imagemesh.v1.WatchJobRequest\x1a\x1e.imagemesh.v1.WatchJobResponse0\x01\x12L\n\tCancelJob\x12\x1e.imagemesh.v1.CancelJobRequest\x1a\x1f.imagemesh.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eimagemesh/v1/job_service.proto\x12\x0cimagemesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"imagemesh/v1/gateway_service.proto\x1a\x1bimagemesh/v1/priority.proto\"\xab\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.imagemesh.v1.JobState\x12.\n\x07request\x18\x03 \x01(\x0b\x32\x1d.imagemesh.v1.GenerateRequest\x12(\n\x08priority\x18\x04 \x01(\x0e\x32\x16.imagemesh.v1.Priority\x12\x10\n\x08position\x18\x05 \x01(\r\x12+\n\x08progress\x18\x06 \x01(\x0b\x32\x19.imagemesh.v1.JobProgress\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07started\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x0c \x01(\r\x12%\n\x05\x65rror\x18\r \x01(\x0b\x32\x16.imagemesh.v1.JobError\x12,\n\x06result\x18\x0e \x01(\x0b\x32\x1c.imagemesh.v1.GenerateResult\x12\x0e\n\x06tenant\x18\x0f \x01(\t\"<\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x10\n\x08previews\x18\x03 \x03(\x0c\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc4\x01\n\x10\x43reateJobRequest\x12/\n\x08generate\x18\x01 \x01(\x0b\x32\x1d.imagemesh.v1.GenerateRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11retention_seconds\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_timeout_secondsB\x14\n\x12_retention_seconds\"D\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\"`\n\x0fListJobsRequest\x12&\n\x06states\x18\x01 \x03(\x0e\x32\x16.imagemesh.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.imagemesh.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"2\n\x10WatchJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.imagemesh.v1.Job*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x85\x03\n\nJobService\x12L\n\tCreateJob\x12\x1e.imagemesh.v1.CreateJobRequest\x1a\x1f.imagemesh.v1.CreateJobResponse\x12\x43\n\x06GetJob\x12\x1b.imagemesh.v1.GetJobRequest\x1a\x1c.imagemesh.v1.GetJobResponse\x12I\n\x08ListJobs\x12\x1d.imagemesh.v1.ListJobsRequest\x1a\x1e.imagemesh.v1.ListJobsResponse\x12K\n\x08WatchJob\x12\x1d.imagemesh.v1.WatchJobRequest\x1a\x1e.imagemesh.v1.WatchJobResponse0\x01\x12L\n\tCancelJob\x12\x1e.imagemesh.v1.CancelJobRequest\x1a\x1f.imagemesh.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'imagemesh.v1.job_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1486
-  _globals['_JOBSTATE']._serialized_end=1640
+  _globals['_JOBSTATE']._serialized_start=1502
+  _globals['_JOBSTATE']._serialized_end=1656
   _globals['_JOB']._serialized_start=147
-  _globals['_JOB']._serialized_end=686
-  _globals['_JOBPROGRESS']._serialized_start=688
-  _globals['_JOBPROGRESS']._serialized_end=748
-  _globals['_JOBERROR']._serialized_start=750
-  _globals['_JOBERROR']._serialized_end=791
-  _globals['_CREATEJOBREQUEST']._serialized_start=794
-  _globals['_CREATEJOBREQUEST']._serialized_end=990
-  _globals['_CREATEJOBRESPONSE']._serialized_start=992
-  _globals['_CREATEJOBRESPONSE']._serialized_end=1060
-  _globals['_GETJOBREQUEST']._serialized_start=1062
-  _globals['_GETJOBREQUEST']._serialized_end=1089
-  _globals['_GETJOBRESPONSE']._serialized_start=1091
-  _globals['_GETJOBRESPONSE']._serialized_end=1139
-  _globals['_LISTJOBSREQUEST']._serialized_start=1141
-  _globals['_LISTJOBSREQUEST']._serialized_end=1237
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1239
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1315
-  _globals['_WATCHJOBREQUEST']._serialized_start=1317
-  _globals['_WATCHJOBREQUEST']._serialized_end=1346
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1348
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1398
-  _globals['_CANCELJOBREQUEST']._serialized_start=1400
-  _globals['_CANCELJOBREQUEST']._serialized_end=1430
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1432
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1483
-  _globals['_JOBSERVICE']._serialized_start=1643
-  _globals['_JOBSERVICE']._serialized_end=2032
+  _globals['_JOB']._serialized_end=702
+  _globals['_JOBPROGRESS']._serialized_start=704
+  _globals['_JOBPROGRESS']._serialized_end=764
+  _globals['_JOBERROR']._serialized_start=766
+  _globals['_JOBERROR']._serialized_end=807
+  _globals['_CREATEJOBREQUEST']._serialized_start=810
+  _globals['_CREATEJOBREQUEST']._serialized_end=1006
+  _globals['_CREATEJOBRESPONSE']._serialized_start=1008
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1076
+  _globals['_GETJOBREQUEST']._serialized_start=1078
+  _globals['_GETJOBREQUEST']._serialized_end=1105
+  _globals['_GETJOBRESPONSE']._serialized_start=1107
+  _globals['_GETJOBRESPONSE']._serialized_end=1155
+  _globals['_LISTJOBSREQUEST']._serialized_start=1157
+  _globals['_LISTJOBSREQUEST']._serialized_end=1253
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1255
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1331
+  _globals['_WATCHJOBREQUEST']._serialized_start=1333
+  _globals['_WATCHJOBREQUEST']._serialized_end=1362
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1364
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1414
+  _globals['_CANCELJOBREQUEST']._serialized_start=1416
+  _globals['_CANCELJOBREQUEST']._serialized_end=1446
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1448
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1499
+  _globals['_JOBSERVICE']._serialized_start=1659
+  _globals['_JOBSERVICE']._serialized_end=2048
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,7 @@ class Job(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     state: Global___JobState.ValueType
     priority: _priority_pb2.Priority.ValueType
@@ -71,6 +72,8 @@ class Job(_message.Message):
     """Of a queued job: jobs that go before it."""
     attempts: _builtins.int
     """How often it has begun to run."""
+    tenant: _builtins.str
+    """Whose it is: the tenant of the API key that it was made with; empty where none was needed."""
     @_builtins.property
     def request(self) -> _gateway_service_pb2.GenerateRequest:
         """The request with its drawn and default values filled in, and without its pictures."""
@@ -120,10 +123,11 @@ class Job(_message.Message):
         attempts: _builtins.int = ...,
         error: Global___JobError | None = ...,
         result: _gateway_service_pb2.GenerateResult | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "deadline", b"deadline", "error", b"error", "expires", b"expires", "finished", b"finished", "progress", b"progress", "request", b"request", "result", b"result", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "created", b"created", "deadline", b"deadline", "error", b"error", "expires", b"expires", "finished", b"finished", "id", b"id", "position", b"position", "priority", b"priority", "progress", b"progress", "request", b"request", "result", b"result", "started", b"started", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "created", b"created", "deadline", b"deadline", "error", b"error", "expires", b"expires", "finished", b"finished", "id", b"id", "position", b"position", "priority", b"priority", "progress", b"progress", "request", b"request", "result", b"result", "started", b"started", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class JobServiceStub:
-    """Generations that outlive the call that asked for them, and the gateway that accepted them.
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class JobServiceStub:
 
 
 class JobServiceServicer:
-    """Generations that outlive the call that asked for them, and the gateway that accepted them.
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
     """
 
     def CreateJob(self, request, context):
@@ -139,7 +141,8 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService:
-    """Generations that outlive the call that asked for them, and the gateway that accepted them.
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobServiceStub:
-    """Generations that outlive the call that asked for them, and the gateway that accepted them."""
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -48,7 +50,9 @@ class JobServiceStub:
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
-    """Generations that outlive the call that asked for them, and the gateway that accepted them."""
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]  # type: ignore[assignment]
@@ -65,7 +69,9 @@ class JobServiceAsyncStub(JobServiceStub):
     """Cancels a job that is not finished; a finished one stays as it is. Which of the two it was, the answer tells."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generations that outlive the call that asked for them, and the gateway that accepted them."""
+    """Generations that outlive the call that asked for them, and the gateway that accepted them. A job of another tenant's is
+    like one that isn't there.
+    """
 
     @_abc_1.abstractmethod
     def CreateJob(
