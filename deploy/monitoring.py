@@ -34,6 +34,7 @@ MESH: list[Panel] = [
     ("Waiting for the device", "none", [("{{service}}", "sum by (service) (imagemesh_pending_requests)")]),
     ("In work", "none", [("{{service}}", "sum by (service) (imagemesh_running_requests)")]),
     ("Wait for the device, 95th percentile", "s", [("{{service}}", "imagemesh:queue_wait_seconds:p95_rate5m")]),
+    ("Turned away at the door", "reqps", [("{{code}}", _rate("imagemesh_refused_calls_total", "code"))]),
     ("Given up by callers", "reqps", [("{{service}}", _rate("imagemesh_cancelled_requests_total"))]),
     ("Tensors moved", "Bps", [
         ("{{service}} {{path}} {{direction}}", _rate("imagemesh_transport_bytes_total", "service, path, direction")),
