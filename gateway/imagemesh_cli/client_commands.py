@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
+from imagemesh_cli.console import complain, connected, counted, print_json, print_table, progress_bar
 from imagemesh_client import (
     Choice,
     Classify,
-    Client,
     Control,
     ControlSavings,
     Embed,
@@ -32,7 +31,7 @@ from imagemesh_runtime.findings import A_MODEL
 def generate(args: Namespace) -> int:
     """Make pictures of a prompt and write them to files."""
     options = generation_options(args)
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client, progress_bar("generating") as show:
+    with connected(args) as client, progress_bar("generating") as show:
         generation = client.generate(args.prompt, **options, on_progress=show)
     tell_generation(generation, save(generation, args.output), args.json)
     return 0 if generation.images else 1
@@ -217,7 +216,7 @@ def _print_generation(generation: Generation, files: list[Path]) -> None:
 
 def models(args: Namespace) -> int:
     """List what the mesh can run."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         answer = client.models()
     if args.json:
         told = {"unreachable": answer.unreachable, "roots": answer.roots}
@@ -252,14 +251,14 @@ def _own_scheduler(model: Model) -> str:
 
 def schedulers(args: Namespace) -> int:
     """List the schedulers that a generation can have."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         _tell_choices(client.sampling().schedulers, args.json)
     return 0
 
 
 def guiders(args: Namespace) -> int:
     """List the ways of guidance that a generation can have."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         _tell_choices(client.sampling().guiders, args.json)
     return 0
 

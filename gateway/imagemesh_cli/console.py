@@ -2,11 +2,24 @@
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from imagemesh_client import Progress, Timing
+from imagemesh_client import Client, Progress, Timing
+
+
+def connected(args: Namespace) -> Client:
+    """A client of the gateway that the command's options name."""
+    return Client(
+        args.server,
+        timeout=args.timeout,
+        key=args.api_key,
+        tls_authority=args.tls_authority,
+        tls_certificate=args.tls_certificate,
+        tls_key=args.tls_key,
+    )
 
 
 def print_json(value: Any) -> None:

@@ -43,6 +43,7 @@ class MeshHost:
         # As bound: ``host:port``.
         self.grpc_address = ""
         self.http_address = ""
+        self.http_scheme = "http"
 
     @classmethod
     def configured(
@@ -84,6 +85,7 @@ class MeshHost:
         gateway = GATEWAY.create(config)
         await _start(gateway, stack)
         self.gateway, self.grpc_address, self.http_address = gateway, gateway.address, gateway.http_address
+        self.http_scheme = gateway.http_scheme
 
 
 def _wired(config: Any, addresses: Mapping[str, str], **changes: str) -> Any:

@@ -4,8 +4,8 @@ from argparse import Namespace
 from datetime import datetime
 
 from imagemesh_cli.client_commands import generation_options, save, tell_generation
-from imagemesh_cli.console import counted, print_json, print_table, progress_bar
-from imagemesh_client import Client, Job
+from imagemesh_cli.console import connected, counted, print_json, print_table, progress_bar
+from imagemesh_client import Job
 
 _SHOWN = 40  # characters of a prompt in the table
 
@@ -13,7 +13,7 @@ _SHOWN = 40  # characters of a prompt in the table
 def create_job(args: Namespace) -> int:
     """Have pictures made; tell the job's id."""
     options = generation_options(args)
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         job = client.jobs.create(
             args.prompt,
             idempotency_key=args.key,
@@ -30,7 +30,7 @@ def create_job(args: Namespace) -> int:
 
 def list_jobs(args: Namespace) -> int:
     """List jobs, the newest first."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         jobs = client.jobs.list(args.state, args.limit)
     if args.json:
         print_json({"jobs": [_json(job) for job in jobs]})
@@ -42,7 +42,7 @@ def list_jobs(args: Namespace) -> int:
 
 def watch_job(args: Namespace) -> int:
     """Follow a job to its end; write its pictures where that is wanted."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client, progress_bar("job") as show:
+    with connected(args) as client, progress_bar("job") as show:
         made = client.jobs.wait(args.job, on_progress=show)
         job = client.jobs.get(args.job)
     if args.output is not None:
@@ -56,7 +56,7 @@ def watch_job(args: Namespace) -> int:
 
 def cancel_job(args: Namespace) -> int:
     """Cancel a job unless it is finished; tell which of the two it is."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         job = client.jobs.cancel(args.job)
     if args.json:
         print_json(_json(job))

@@ -30,6 +30,11 @@ from imagemesh_cli.shrink_parser import add_distill, add_export, add_quantize
 
 DEFAULT_SERVER = "127.0.0.1:50050"
 STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+_TLS_HELP = {
+    "authority": "call by TLS; PEM of the authorities whose certificates the gateway may show, or the word system",
+    "certificate": "PEM of a certificate to show, where the gateway asks for one",
+    "key": "PEM of its private key",
+}
 _JOBS_HELP = "Generations that the gateway keeps: they outlive the call that asked for them, and a restart."
 
 
@@ -164,6 +169,8 @@ def _client(parser: ArgumentParser) -> None:
         "--api-key", metavar="KEY", help="where the gateway wants one (default: $IMAGEMESH_API_KEY, which others of "
         "this machine don't see in the list of its processes)",
     )  # fmt: skip
+    for name, what in _TLS_HELP.items():
+        parser.add_argument(f"--tls-{name}", metavar="FILE", help=f"{what} (default: $IMAGEMESH_TLS_{name.upper()})")
     parser.add_argument(
         "--timeout", type=positive, default=600.0, metavar="SECONDS", help="give up after that (default: 600)"
     )

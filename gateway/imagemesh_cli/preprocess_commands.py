@@ -3,13 +3,13 @@
 from argparse import Namespace
 from dataclasses import asdict
 
-from imagemesh_cli.console import print_json, print_table
-from imagemesh_client import Client, Preprocessor
+from imagemesh_cli.console import connected, print_json, print_table
+from imagemesh_client import Preprocessor
 
 
 def preprocess(args: Namespace) -> int:
     """Make of a picture what a ControlNet is to follow, and write it to a file."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         made = client.preprocess(
             args.file, args.name, parameters=dict(args.parameter), resolution=args.resolution, model=args.model
         )
@@ -25,7 +25,7 @@ def preprocess(args: Namespace) -> int:
 
 def preprocessors(args: Namespace) -> int:
     """List the preprocessors that there are."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         found = client.preprocessors()
     if args.json:
         print_json([{**asdict(one), "available": one.available} for one in found])

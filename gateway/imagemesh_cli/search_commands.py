@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from imagemesh_cli.console import complain, counted, print_json, print_table, progress_bar
+from imagemesh_cli.console import complain, connected, counted, print_json, print_table, progress_bar
 from imagemesh_client import Client, Index, InvalidArgument, MeshError, Progress
 from imagemesh_client.images import check_picture_file
 from imagemesh_client.vision import MAX_IMAGES
@@ -20,7 +20,7 @@ def index(args: Namespace) -> int:
         raise InvalidArgument("FOLDER", ", ".join(map(str, args.folders)), f"with files that end in {_SUFFIXES}")
     made: Index | None = None
     skipped: list[Path] = []
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client, progress_bar("indexing") as show:
+    with connected(args) as client, progress_bar("indexing") as show:
         for start in range(0, len(files), MAX_IMAGES):
             part = files[start : start + MAX_IMAGES]
             made = _add(client, args, part, skipped) or made
@@ -38,7 +38,7 @@ def index(args: Namespace) -> int:
 
 def search(args: Namespace) -> int:
     """Find the pictures of an index that are most like one."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         found = client.indexes.search(args.index, args.file, args.top_k, min_similarity=args.min_similarity)[0]
     if args.json:
         print_json([asdict(one) for one in found])
@@ -50,7 +50,7 @@ def search(args: Namespace) -> int:
 
 def duplicates(args: Namespace) -> int:
     """Find an index's pictures that are nearly the same."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         found = client.indexes.duplicates(args.index, args.min_similarity, args.limit)
     if args.json:
         print_json([asdict(one) for one in found])
@@ -92,7 +92,7 @@ def vectors(args: Namespace) -> int:
 
 def indexes(args: Namespace) -> int:
     """List the indexes, or delete one."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
         if args.delete is not None:
             client.indexes.delete(args.delete)
         found = client.indexes.list()

@@ -38,7 +38,9 @@ async def _up(host: MeshHost, as_json: bool) -> None:
             addresses = {"grpc": host.grpc_address, "http": host.http_address, "metrics": metrics, "admin": admin}
             print(json.dumps(addresses), flush=True)
         else:
-            print(f"imagemesh is up\n  gRPC     {host.grpc_address}\n  HTTP     http://{host.http_address}")
+            print(
+                f"imagemesh is up\n  gRPC     {host.grpc_address}\n  HTTP     {host.http_scheme}://{host.http_address}"
+            )
             for name, address in metrics.items():
                 print(f"  metrics  http://{address}/metrics  {name}")
             for name, address in admin.items():
@@ -92,7 +94,7 @@ async def _serve(args: Namespace, lane: Lane) -> None:
     server = room.create(config) if is_gateway else room.create(config, lane)
     try:
         await server.start()
-        http = f", HTTP on http://{server.http_address}" if is_gateway else ""
+        http = f", HTTP on {server.http_scheme}://{server.http_address}" if is_gateway else ""
         print(f"{args.service} listens on {server.address}{http}", flush=True)
         await told.wait()
     finally:

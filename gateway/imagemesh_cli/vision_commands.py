@@ -12,8 +12,8 @@ import numpy as np
 from google.rpc import status_pb2
 
 from imagemesh_cli.client_commands import numbered
-from imagemesh_cli.console import print_json, progress_bar
-from imagemesh_client import Classification, Client, Embeddings, MeshError, Progress, RemoteError
+from imagemesh_cli.console import connected, print_json, progress_bar
+from imagemesh_client import Classification, Embeddings, MeshError, Progress, RemoteError
 from imagemesh_client.images import check_picture_file
 
 Answer = TypeVar("Answer")
@@ -26,7 +26,7 @@ A_STREAM: Final = 256
 
 def classify(args: Namespace) -> int:
     """Name what is in pictures."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
 
         def call(files: Sequence[Path]) -> Generator[Classification | MeshError, None, None]:
             return client.classify_stream(files, args.top_k, threshold=args.threshold, size=args.size, model=args.model)
@@ -46,7 +46,7 @@ def classify(args: Namespace) -> int:
 
 def embed(args: Namespace) -> int:
     """Turn pictures into vectors."""
-    with Client(args.server, timeout=args.timeout, key=args.api_key) as client:
+    with connected(args) as client:
 
         def call(files: Sequence[Path]) -> Generator[Embeddings | MeshError, None, None]:
             return client.embed_stream(

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self, Unpack
 
@@ -28,12 +29,15 @@ from imagemesh_client.types import (
     Sampling,
 )
 from imagemesh_client.vision import EmbedOptions, classify_request, embed_request
-from imagemesh_runtime.client import Peer
+from imagemesh_runtime.client import Peer, tls_files
 from imagemesh_runtime.errors import InvalidArgument, MeshError
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 MAX_MESSAGE_BYTES = 256 << 20
-KEY_VARIABLE = "IMAGEMESH_API_KEY"
+
+
+def _setting(given: str | Path | None, variable: str) -> str:
+    return os.environ.get(variable, "") if given is None else str(given)
 
 
 class AsyncClient:
@@ -45,6 +49,10 @@ class AsyncClient:
 
     Args:
         key: an API key, where the gateway wants one; None: what the variable IMAGEMESH_API_KEY holds, if anything.
+        tls_authority: a PEM file of the authorities whose certificates the gateway may show, or "system"; then it is
+            called by TLS. None: what IMAGEMESH_TLS_AUTHORITY holds.
+        tls_certificate: a PEM file of a certificate to show; None: what IMAGEMESH_TLS_CERTIFICATE holds.
+        tls_key: its private key; None: what IMAGEMESH_TLS_KEY holds.
     """
 
     def __init__(
@@ -54,13 +62,21 @@ class AsyncClient:
         timeout: float = 600.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         key: str | None = None,
+        tls_authority: str | Path | None = None,
+        tls_certificate: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
         if not timeout > 0:
             raise InvalidArgument("timeout", timeout, "a number of seconds above 0")
         self.address = address
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        self._key = _setting(key, "IMAGEMESH_API_KEY")
+        self._tls = tls_files(
+            _setting(tls_authority, "IMAGEMESH_TLS_AUTHORITY"),
+            _setting(tls_certificate, "IMAGEMESH_TLS_CERTIFICATE"),
+            _setting(tls_key, "IMAGEMESH_TLS_KEY"),
+        )
         self._connection: tuple[Peer, rpc.GatewayServiceStub] | None = None
         self._closed = False
         # Generations that the gateway keeps.
@@ -234,6 +250,7 @@ class AsyncClient:
                 max_message_bytes=self._max_message_bytes,
                 timeout_seconds=self._timeout,
                 key=self._key,
+                tls=self._tls,
             )
             self._connection = peer, rpc.GatewayServiceStub(peer.channel)
         return self._connection

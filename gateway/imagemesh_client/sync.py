@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self, Unpack
 
@@ -41,8 +42,19 @@ class Client:
         timeout: float = 600.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         key: str | None = None,
+        tls_authority: str | Path | None = None,
+        tls_certificate: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
-        self._async = AsyncClient(address, timeout=timeout, max_message_bytes=max_message_bytes, key=key)
+        self._async = AsyncClient(
+            address,
+            timeout=timeout,
+            max_message_bytes=max_message_bytes,
+            key=key,
+            tls_authority=tls_authority,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+        )
         self._thread = LoopThread(self._async)
         self.jobs = Jobs(self._async.jobs, self._thread)
         self.indexes = Indexes(self._async.indexes, self._thread)

@@ -22,6 +22,7 @@ from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound, PermissionDenied
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.tls import peer_files
 
 ModelInfo = model_service_pb2.ModelInfo
 
@@ -34,9 +35,11 @@ class Mesh:
             limit, timeout = config.max_message_bytes, config.request_timeout_seconds
             shares = config.shared_memory_bytes > 0
             return Peer(
-                name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics, shares_memory=shares
-            )
+                name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics, shares_memory=shares,
+                tls=files,
+            )  # fmt: skip
 
+        files = peer_files(config)
         self.text_encoder = peer("text-encoder", config.text_encoder)
         addresses = [address.strip() for address in config.diffusion.split(",") if address.strip()]
         if not addresses:

@@ -25,6 +25,7 @@ from imagemesh_gateway.servicer import GatewayServicer
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
 from imagemesh_runtime.server import MeshServer
+from imagemesh_runtime.tls import Certificates, server_context
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class GatewayServer(MeshServer):
         self._jobs = Jobs(config, mesh, metrics)
         self._add_services(config, mesh, metrics)
         app = create_app(mesh, self._jobs, metrics, lambda: self._ready)
-        self._http = _http_server(config, Guard(app, metrics, HttpLimits.of(config), door))
+        self._http = _http_server(config, Guard(app, metrics, HttpLimits.of(config), door), self.certificates)
         self._http_task: asyncio.Task[None] | None = None
 
     def _add_services(self, config: GatewayConfig, mesh: Mesh, metrics: Metrics) -> None:
@@ -78,6 +79,11 @@ class GatewayServer(MeshServer):
         host, port = self._http.servers[0].sockets[0].getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    @property
+    def http_scheme(self) -> str:
+        """How that face is called: "http" or "https"."""
+        return "http" if self.certificates is None else "https"
+
     async def start(self) -> None:
         """Bind both faces; ready when both listen."""
         self._door.start()
@@ -104,12 +110,13 @@ class GatewayServer(MeshServer):
                     await self._mesh.close()
 
 
-def _http_server(config: GatewayConfig, app: Guard) -> "_EmbeddedUvicorn":
+def _http_server(config: GatewayConfig, app: Guard, certificates: Certificates | None) -> "_EmbeddedUvicorn":
     host, _, port = config.http_listen.rpartition(":")
     host = host.strip("[]")  # an IPv6 address; uvicorn wants it bare
     return _EmbeddedUvicorn(
         uvicorn.Config(
             app, host=host, port=int(port), lifespan="off", log_config=None, ws_max_size=WS_MESSAGE_BYTES,
+            ssl_context_factory=None if certificates is None else lambda *_: server_context(certificates),
             access_log=False, timeout_graceful_shutdown=int(config.drain_grace_seconds),
             # Below INFO it writes down the headers of WebSockets, with their keys.
             log_level=logging.INFO if log.isEnabledFor(logging.DEBUG) else None,

@@ -20,6 +20,7 @@ from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshErro
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, ParcelChannel, moved
 from imagemesh_runtime.tenancy import Lodger, NoReceipts, Receipts
+from imagemesh_runtime.tls import NO_TLS, Certificates, RenewedChannel, TlsFiles
 
 Response = TypeVar("Response", bound=Message | Parcel[Any])
 T = TypeVar("T")
@@ -58,7 +59,8 @@ class Peer:
     """A service that this one calls, by name, at ``host:port`` or ``unix:/path``.
 
     Stubs on ``channel`` take and answer messages, those on ``parcels`` parcels, whose payloads come in shared memory if
-    the peer is on this machine and offers some. ``key`` is shown to a peer that wants an API key.
+    the peer is on this machine and offers some. ``key`` is shown to a peer that wants an API key. With ``tls`` it is
+    called by TLS, except on a Unix socket.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Peer:
         metrics: Metrics | None = None,
         shares_memory: bool = True,
         key: str = "",
+        tls: TlsFiles = NO_TLS,
     ) -> None:
         if not is_address(address):
             raise InvalidArgument(f"address of {name}", address, WANTED)
@@ -81,7 +84,7 @@ class Peer:
         self._shown = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout = timeout_seconds
         self._metrics = metrics
-        self.channel = grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+        self.channel = _channel(address, max_message_bytes, timeout_seconds, tls)
         self.parcels = ParcelChannel(self.channel)
         self._lodger = Lodger(self.channel) if shares_memory else None
 
@@ -195,6 +198,23 @@ class Peer:
         if self._lodger is not None:
             self._lodger.close()
         await self.channel.close()
+
+
+def tls_files(authority: str, certificate: str = "", key: str = "") -> TlsFiles:
+    """What to show to a peer, and whose certificates it may show; without an authority there is no TLS.
+
+    A certificate alone is nobody's mistake: where that is in the environment, servers use it.
+    """
+    return TlsFiles(certificate, key, authority) if authority else NO_TLS
+
+
+def _channel(address: str, max_message_bytes: int, linger_seconds: float, tls: TlsFiles) -> Any:
+    options = channel_options(max_message_bytes)
+    if not tls or address.startswith("unix:"):
+        return grpc.aio.insecure_channel(address, options=options)
+    return RenewedChannel(
+        Certificates(tls), lambda credentials: grpc.aio.secure_channel(address, credentials, options), linger_seconds
+    )
 
 
 class Session(Generic[Response]):

@@ -27,6 +27,13 @@ class ServerConfig:
     listen: str = "127.0.0.1:0"
     metrics_listen: str = "127.0.0.1:0"
     admin_listen: str = "127.0.0.1:0"
+    # PEM files. With a certificate and its key, calls are taken by TLS alone, except on Unix sockets.
+    tls_certificate: str = ""
+    tls_key: str = ""
+    # Whose certificates callers must show one of; empty: they need none.
+    tls_client_authority: str = ""
+    # Whose certificates the services that this one calls show, or "system"; empty: they are called without TLS.
+    tls_authority: str = ""
     max_message_bytes: int = 256 * MIB
     # Most memory to share with each client on this machine for what it is answered, taken as it is needed; 0: none.
     shared_memory_bytes: int = 256 * MIB

@@ -25,6 +25,7 @@ from imagemesh_runtime.interceptors import (
 )
 from imagemesh_runtime.leases import Leases
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.tls import server_certificates, server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class MeshServer:
         self.name, self.metrics = metrics.service, metrics
         self.address = ""
         self._config = config
+        self.certificates = server_certificates(config)
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
         self._health = HealthServicer()
         self._ready = self._wants_work = False
@@ -103,9 +105,7 @@ class MeshServer:
             self._leases.start()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection(self._names, self._server)
-        port = self._server.add_insecure_port(self._config.listen)
-        host = self._config.listen.rpartition(":")[0]
-        self.address = self._config.listen if self._config.listen.startswith("unix:") else f"{host}:{port}"
+        self.address = self._bind(self._config.listen)
         self._health.set(("", READINESS, *self._names), serving=False)
         self._health.set((LIVENESS,), serving=True)
         await self._server.start()
@@ -113,6 +113,17 @@ class MeshServer:
         self.admin_http.start()
         log.info("%s serves gRPC on %s, metrics on %s, admin on %s",
                  self.name, self.address, self.metrics_http.address, self.admin_http.address)  # fmt: skip
+
+    def _bind(self, listen: str) -> str:
+        """Listen there, by TLS if there are certificates; the answer is where that is."""
+        if listen.startswith("unix:"):  # which nobody else hears
+            self._server.add_insecure_port(listen)
+            return listen
+        if self.certificates is None:
+            port = self._server.add_insecure_port(listen)
+        else:
+            port = self._server.add_secure_port(listen, server_credentials(self.certificates))
+        return f"{listen.rpartition(':')[0]}:{port}"
 
     async def set_ready(self, ready: bool = True) -> None:
         """Say through health and ``/readyz`` whether new work is welcome; once drained, it never is again."""

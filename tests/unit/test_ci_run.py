@@ -73,13 +73,13 @@ def test_a_bare_machine_gets_all_that_is_needed_and_then_everything_runs(bare: M
     assert done.returncode == 0, done.stderr
     update, install, *rest = bare.log()
     assert update == "apt-get update -qq"
-    assert install.startswith("apt-get install -y -qq python3 python3-venv git make npm curl")
+    assert install.startswith("apt-get install -y -qq python3 python3-venv git make npm curl openssl")
     assert [line for line in rest if line.startswith("make ")] == STEPS
 
 
 def test_what_is_there_is_not_installed(bare: Machine) -> None:
     (bare.state / "venv").touch()
-    for tool in ("git", "make", "curl", "promtool"):
+    for tool in ("git", "make", "curl", "openssl", "promtool"):
         shutil.copy(bare.state / "tool", bare.bin / tool)
     assert bare.run().returncode == 0
     packages = bare.log()[1].removeprefix("apt-get install -y -qq ").split()
@@ -97,7 +97,7 @@ def test_without_root_and_sudo_it_says_what_is_missing(bare: Machine) -> None:
     bare.user(1000)
     done = bare.run()
     assert done.returncode == 1
-    assert "run it as root or install sudo; it would install python3 python3-venv git make npm curl" in done.stderr
+    assert "run it as root or install sudo; it would install python3 python3-venv git make npm curl openssl" in done.stderr
     assert bare.log() == []
 
 

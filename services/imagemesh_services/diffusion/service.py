@@ -6,6 +6,7 @@ from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
+from imagemesh_runtime.tls import peer_files
 from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.controlnets import ControlNets
@@ -22,7 +23,7 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
         controlnets = ControlNets([
             Peer(
                 "controlnet", address, max_message_bytes=config.max_message_bytes, metrics=metrics,
-                shares_memory=config.shared_memory_bytes > 0,
+                shares_memory=config.shared_memory_bytes > 0, tls=peer_files(config),
             )
             for address in config.controlnet.split(",")
         ])  # fmt: skip
