@@ -11,6 +11,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.tensors import Array
@@ -100,10 +101,10 @@ def plus(one: Array, other: Array) -> Array:
 
 
 def _seen(array: Array) -> torch.Tensor:
-    """The array as a tensor, not copied; only to be read."""
+    """The array as a tensor, not copied; only to be read, as arrays that came in a message may be."""
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return from_dlpack(array.view(np.uint16)).view(torch.bfloat16)
+    return from_dlpack(array)
 
 
 def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> Any:

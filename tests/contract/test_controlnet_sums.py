@@ -92,6 +92,7 @@ def noted(residuals: Any, parts: list[Part], seen: list[int], *step: Any) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
 def test_a_sum_is_rounded_as_numpy_rounds_it(model, dtype):
     one, other = numbers.normal(size=(2, 2, 8, 16, 16)).astype(dtype)
+    other.flags.writeable = False  # as what came in a message
     found = model.plus(one, other)
     assert (found.dtype, found.tobytes()) == (one.dtype, (one + other).tobytes())
 

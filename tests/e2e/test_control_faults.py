@@ -13,7 +13,7 @@ import pytest
 
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
-from imagemesh_runtime.errors import MeshError, Unavailable
+from imagemesh_runtime.errors import InvalidArgument, MeshError, Unavailable
 from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.controlnet import service as controlnet
 from imagemesh_services.controlnet.config import ControlNetConfig
@@ -126,6 +126,14 @@ async def test_units_are_shared_out_to_services_that_have_them_and_summed_in_the
             first, second = await ask(control, places=[0, 2]), await ask(control, places=[1])
         for got, a, b in zip([*both.down, both.mid], [*first.down, first.mid], [*second.down, second.mid], strict=True):
             np.testing.assert_array_equal(got, a + b)
+
+
+async def test_units_of_services_whose_models_differ_are_not_added(models: Path) -> None:
+    async with steered() as one, steered(models) as other:
+        nets = ControlNets([one.peer, other.peer])
+        async with open_control(nets, units("fake", "tiny-controlnet"), TOLD, 1, 30) as control:
+            with pytest.raises(InvalidArgument, match="ControlNets of one family"):
+                await ask(control)
 
 
 async def test_a_model_that_no_service_has_is_named(models: Path) -> None:

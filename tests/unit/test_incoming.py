@@ -78,3 +78,26 @@ def test_what_is_complete_stays_so() -> None:
     incoming.complete(WHOLE)
     incoming.give_up()
     assert incoming.mid is WHOLE.mid
+
+
+def test_those_of_several_are_added_once_in_their_order_as_the_reader_wants() -> None:
+    added: list[tuple[float, float]] = []
+
+    def plus(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        added.append((float(one[0]), float(other[0])))
+        return one + other
+
+    incoming = Incoming(plus)
+    incoming.complete(*(Residuals([np.full(2, i)], np.full(2, 10.0 * i)) for i in (1, 2, 4)))
+    assert incoming.there
+    assert added == []
+    for _ in range(2):
+        np.testing.assert_array_equal(incoming.down, [[7, 7]])
+        np.testing.assert_array_equal(incoming.mid, [70, 70])
+    assert added == [(1, 2), (10, 20), (3, 4), (30, 40)]
+
+
+def test_those_that_lack_the_rows_at_the_front_add_nothing_there() -> None:
+    incoming = Incoming()
+    incoming.complete(Residuals([np.ones((2, 3))], np.ones((2, 3))), Residuals([np.ones((1, 3))], np.ones((1, 3))))
+    np.testing.assert_array_equal(incoming.mid, [[1, 1, 1], [2, 2, 2]])

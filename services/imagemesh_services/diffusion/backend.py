@@ -239,6 +239,13 @@ class DiffusionModel(Protocol):
     def trial(self, width: int, height: int) -> SampleInputs:
         """Inputs of one row, of any content, to measure with."""
 
+    def plus(self, one: Array, other: Array) -> Array:
+        """Two residuals' sum, to the bit what the model's library makes of it; called on the lane, while it advances.
+
+        Raises:
+            ValueError: their shapes don't go together.
+        """
+
     def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> Sequence[Exception | None]:
         """Do the next evaluation of each run, all in one forward; the runs' keys are equal.
 

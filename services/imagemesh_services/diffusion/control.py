@@ -4,10 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Final
-
-import numpy as np
 
 from imagemesh.v1 import controlnet_service_pb2 as pb
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
@@ -87,9 +84,10 @@ class Control:
         return [place for place, unit in enumerate(self._units) if works(unit)]
 
     async def residuals(self, question: Question, incoming: Incoming, begun: Callable[[], None] = lambda: None) -> None:
-        """Complete ``incoming`` with the units' residuals, summed; ``begun`` is called when all are at it.
+        """Complete ``incoming`` with the units' residuals; ``begun`` is called when all are at it.
 
-        Those of one service are summed there, and the services' in the order of the first units that they have.
+        Those of one service are summed there, and the services' by ``incoming``, in the order of the first units that
+        they have.
 
         Raises:
             DeadlineExceeded: a ControlNet did not answer in time.
@@ -107,7 +105,8 @@ class Control:
         asking = [asyncio.create_task(one.ask(question, one_begun)) for one in asked]
         try:
             found = await asyncio.gather(*asking)
-            incoming.complete(found[0] if len(found) == 1 else await asyncio.to_thread(reduce, _plus, found))
+            _require_addable(found)
+            incoming.complete(*found)
         finally:
             incoming.give_up()
             await _end(asking)
@@ -276,19 +275,13 @@ async def open_control(
         yield Control(units, asked)
 
 
-def _plus(one: Residuals, other: Residuals) -> Residuals:
-    """Both, row by row; those that lack the rows at the front add nothing there."""
-    if len(one.down) != len(other.down):
-        raise InvalidArgument("controls", f"{len(one.down)} and {len(other.down)} residuals", "of one family")
-    rows = max(len(one.mid), len(other.mid))
+def _require_addable(found: Sequence[Residuals]) -> None:
+    """That they can be added but for rows that some of them lack.
 
-    def filled(given: Array) -> Array:
-        lacking = np.zeros((rows - len(given), *given.shape[1:]), given.dtype)
-        return np.concatenate([lacking, given]) if len(lacking) else given
-
-    pairs = zip([*one.down, one.mid], [*other.down, other.mid], strict=True)
-    try:
-        *down, mid = [filled(a) + filled(b) for a, b in pairs]
-    except ValueError as error:
-        raise InvalidArgument("controls", f"residuals that can't be added: {error}", "of one family") from error
-    return Residuals(down, mid)
+    Raises:
+        InvalidArgument: they are of models that differ.
+    """
+    first, *others = [[list(one.shape[1:]) for one in (*part.down, part.mid)] for part in found]
+    for other in others:
+        if other != first:
+            raise InvalidArgument("controls", f"residuals of {first} and {other}", "ControlNets of one family")

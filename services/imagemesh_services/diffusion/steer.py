@@ -33,7 +33,7 @@ async def steer(generation: Generation, lane: Lane, metrics: Metrics, wake: Call
         for evaluation in range(generation.evaluated, run.evaluations):
             await generation.wanted.wait()
             generation.wanted.clear()
-            incoming = Incoming()
+            incoming = Incoming(generation.model.plus)
             begun = partial(_begin, generation, metrics, wake, incoming, perf_counter())
             places = control.at_work(evaluation, run.evaluations)
             if not places:

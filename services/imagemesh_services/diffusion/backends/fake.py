@@ -159,6 +159,10 @@ class FakeDiffusionModel:
         embeds = np.zeros((1, 8, CHANNELS), dtype=np.float32)
         return SampleInputs({"prompt_embeds": embeds}, width, height, 20, 1.0, None, (0,))
 
+    def plus(self, one: Array, other: Array) -> Array:
+        result: Array = one + other
+        return result
+
     def advance(self, runs: Sequence[Run], residuals: Sequence[Steering | None]) -> Sequence[Exception | None]:
         faults: list[Exception | None] = []
         for run, added in zip(runs, residuals, strict=True):

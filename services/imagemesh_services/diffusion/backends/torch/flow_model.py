@@ -24,6 +24,7 @@ from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedu
 from imagemesh_services.diffusion.backends.torch.start import LatentScale, check_image
 from imagemesh_services.diffusion.backends.torch.together import Begun, advance_together
 from imagemesh_services.diffusion.guiders import CFG, GUIDERS, Guider
+from imagemesh_services.torch_support import plus
 
 # Latents in each direction that are one of the model's tokens: all of these families patch them so.
 _PATCH = 2
@@ -33,6 +34,7 @@ class FlowModel:
     """A transformer with its scheduler's settings; what of the VAE matters here is its scale and its factors."""
 
     rounds_up = True
+    plus = staticmethod(plus)
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from imagemesh_services.diffusion.backends.torch.trial import trial_inputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, plus, set_threads
 
 # What an imagemesh.json may say.
 _SUITS = {"steps": int, "guidance_scale": float}
@@ -46,6 +46,7 @@ class TorchDiffusionModel:
     """A UNet with its scheduler's settings; what of the VAE matters here is its scale factor."""
 
     rounds_up = False
+    plus = staticmethod(plus)
 
     def __init__(
         self,
