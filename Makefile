@@ -10,7 +10,7 @@ TESTS_AT_ONCE ?= 2
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install dev demo run test test-full lint format protos bench train-demo eval-demo wheel images simulate clean
+.PHONY: help install dev demo run test test-full lint format protos bench triton train-demo eval-demo wheel images simulate clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
@@ -56,6 +56,9 @@ protos: dev ## regenerate protos/gen
 
 bench: dev ## measure: ratios with their spread, out/bench.json beside the table
 	$(BIN)/python -m tests.bench --out out/bench.json
+
+triton: dev ## install a real Triton server (a CPU's) into .tools/triton, for the bench against it
+	$(BIN)/python -m tests.support.triton
 
 train-demo: dev ## train the shipped models (hours; resumes)
 	$(BIN)/python -m imagemesh_training

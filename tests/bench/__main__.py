@@ -4,10 +4,16 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagemesh_runtime.service import set_process_defaults
+
+if TYPE_CHECKING:
+    from tests.bench.harness import Figure
 
 
 def main() -> None:
@@ -16,40 +22,76 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "names", nargs="*", help="latency, hops, transport, memory, batching, alone, wait, capacity; none: all"
+        "names",
+        nargs="*",
+        help="latency, hops, transport, triton, several, stall, overlap, memory, batching, alone, wait, capacity; "
+        "none: all, the one against Triton if `make triton` has been run",
     )
     options = parser.parse_args()
 
-    from tests.bench import alone, batching, declared, hops, latency, memory, models, transport
-    from tests.bench.harness import HEADER, Figure
+    from tests.bench.harness import HEADER
 
     print(HEADER)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder, "models")
-        benches = {
-            "latency": lambda: latency.measure(root, options.rounds),
-            "hops": lambda: hops.measure(Path(folder), options.rounds),
-            "transport": lambda: transport.measure(options.rounds),
-            "memory": lambda: memory.measure(root, max(2, options.rounds // 3)),
-            "batching": lambda: [
-                figure for side in (64, 128) for figure in batching.measure(root, models.NAME, side, options.rounds)
-            ],
-            "alone": lambda: alone.measure(root, models.NAME, models.SIDE, options.rounds),
-            "wait": lambda: declared.wait(options.rounds),
-            "capacity": lambda: declared.capacity(options.rounds),
-        }
-        names = options.names or list(benches)
-        if {"latency", "memory", "batching", "alone"} & set(names):
-            models.build(root)
-        for name in names:
-            for figure in benches[name]():
-                figures.append(figure)
-                print(figure.row(), flush=True)
+        for figure in _measured(Path(folder), options.names, options.rounds):
+            figures.append(figure)
+            print(figure.row(), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     options.out.write_text(json.dumps({"machine": machine, "figures": [one.as_json() for one in figures]}, indent=2))
     print(f"written to {options.out}")
+
+
+def _measured(folder: Path, names: list[str], rounds: int) -> "Iterator[Figure]":
+    from tests.bench import models
+    from tests.support.triton import NoTriton
+
+    root = folder / "models"
+    benches = _benches(folder, root, rounds)
+    if {"latency", "memory", "batching", "alone"} & set(names or benches):
+        models.build(root)
+    for name in names or benches:
+        try:
+            yield from benches[name]()
+        except NoTriton as error:
+            if names:
+                sys.exit(str(error))
+            print(error)
+
+
+def _benches(folder: Path, root: Path, rounds: int) -> "Mapping[str, Callable[[], list[Figure]]]":
+    from tests.bench import (
+        against_triton,
+        alone,
+        batching,
+        declared,
+        hops,
+        latency,
+        memory,
+        models,
+        overlap,
+        several,
+        stall,
+        transport,
+    )
+
+    return {
+        "latency": lambda: latency.measure(root, rounds),
+        "hops": lambda: hops.measure(folder, rounds),
+        "transport": lambda: transport.measure(rounds),
+        "triton": lambda: against_triton.measure(rounds),
+        "several": lambda: several.measure(),
+        "stall": lambda: stall.measure(rounds),
+        "overlap": lambda: overlap.measure(rounds),
+        "memory": lambda: memory.measure(root, max(2, rounds // 3)),
+        "batching": lambda: [
+            figure for side in (64, 128) for figure in batching.measure(root, models.NAME, side, rounds)
+        ],
+        "alone": lambda: alone.measure(root, models.NAME, models.SIDE, rounds),
+        "wait": lambda: declared.wait(rounds),
+        "capacity": lambda: declared.capacity(rounds),
+    }
 
 
 def _quieten() -> None:

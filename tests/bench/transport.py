@@ -7,9 +7,7 @@ fp16, with guidance: from arrays there to arrays here. Nothing is computed.
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from subprocess import PIPE, Popen
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,8 @@ from imagemesh_runtime.parcels import Parcel
 from imagemesh_runtime.server import MeshServer
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
 from tests.bench.harness import Figure, interleave, ratios
+from tests.bench.owners import LIMIT, owner
 
-LIMIT = 256 << 20
 # (channels, side) of every residual, the middle block's last.
 SHAPES = {
     "SD1.5 512x512": [
@@ -55,7 +53,7 @@ class Owner(rpc.ControlNetServiceServicer):
         async for request in request_iterator:
             if request.WhichOneof("message") == "start":
                 name, last = request.start.units[0].model.split("/")
-                arrays = residuals(SHAPES[name])[-int(last) :]
+                arrays = residuals(SHAPES[name][-int(last) :])
             elif request.step.timestep == self.PLAIN:
                 down = [to_proto(one) for one in arrays[:-1]]
                 yield pb.ControlResponse(down_residuals=down, mid_residual=to_proto(arrays[-1]))
@@ -90,6 +88,8 @@ WAYS = {
     "raw blocks": (Owner.BLOCKS, False, "raw"),
     "shared memory": (Owner.ONE, True, "shm"),
 }
+# For one hand-over: far more than a busy machine takes.
+PATIENCE = 60.0
 
 
 class Asker:
@@ -108,9 +108,10 @@ class Asker:
         await self._session.send(pb.ControlRequest(start=pb.ControlStart(units=[pb.ControlNetUnit(model=model)])))
 
     async def ask(self) -> list[Array]:
-        answers = [await self._session.ask(pb.ControlRequest(step=pb.ControlStep(timestep=self._answer)))]
-        if self._answer == Owner.BLOCKS:
-            answers += [await self._session.hear() for _ in self._arrays[1:]]
+        async with asyncio.timeout(PATIENCE):
+            answers = [await self._session.ask(pb.ControlRequest(step=pb.ControlStep(timestep=self._answer)))]
+            if self._answer == Owner.BLOCKS:
+                answers += [await self._session.hear() for _ in self._arrays[1:]]
         return [array for answer in answers for array in _arrays(answer)]
 
     async def prove(self) -> None:
@@ -143,33 +144,14 @@ def measure(rounds: int, last: int = 0) -> list[Figure]:
     for listen in ("tcp", "unix"):
         with tempfile.TemporaryDirectory() as folder:
             address = "127.0.0.1:0" if listen == "tcp" else f"unix:{folder}/o.sock"
-            with _owner(address) as found:
+            with owner(address, "tests.bench.transport") as found:
                 for name in SHAPES:
                     figures += _handed_over(found, listen, name, rounds, last)
     return figures
 
 
-@contextmanager
-def _owner(address: str) -> Iterator[str]:
-    """The other process, in a session of its own: so the scheduler gives each side its share."""
-    code = "import asyncio, sys; from tests.bench.transport import serve; asyncio.run(serve(sys.argv[1]))"
-    child = Popen(
-        [sys.executable, "-c", code, address],
-        stdin=PIPE,
-        stdout=PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        yield child.stdout.readline().strip()
-    finally:
-        child.communicate()
-
-
 def _handed_over(address: str, listen: str, name: str, rounds: int, last: int) -> list[Figure]:
-    arrays = residuals(SHAPES[name])[-last:]
+    arrays = residuals(SHAPES[name][-last:])
     there = [np.zeros_like(array) for array in arrays]
 
     def memcpy() -> None:

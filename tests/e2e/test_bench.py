@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import alone, batching, declared, hops, transport
+from tests.bench import alone, batching, declared, hops
 from tests.bench.harness import HEADER, Figure, interleave, interleave_costs, ratios
 from tests.support.sizes import ROOT
 
@@ -90,21 +90,3 @@ def test_an_engines_throughput_is_measured_against_the_declared_devices_capacity
     rows, share = declared.capacity(rounds=1, requests=12, a=0.001, t=0.001)
     assert 4 <= rows.median <= 12
     assert 0 < share.median < 1
-
-
-def test_residuals_are_as_large_as_they_are_called() -> None:
-    for shapes, megabytes in zip(transport.SHAPES.values(), (26.9, 107.5), strict=True):
-        total = sum(transport.ROWS * channels * side * side * 2 for channels, side in shapes)
-        assert total / 1e6 == pytest.approx(megabytes, rel=0.005)
-
-
-def test_residuals_are_handed_over_in_every_way_and_compared() -> None:
-    """The smallest of them, twice; that each way carried its bytes the measure itself checks."""
-    figures = transport.measure(rounds=2, last=3)
-    assert len(figures) == 2 * len(transport.SHAPES) * (len(transport.WAYS) + 1 + 4)
-    assert all(figure.samples == 2 and figure.median > 0 for figure in figures)
-    assert [figure.target for figure in figures if "SDXL" in figure.name and figure.target][:3] == [
-        ">= 15",
-        "<= 2.5",
-        ">= 4",
-    ]
