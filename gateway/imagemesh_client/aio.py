@@ -10,9 +10,15 @@ from typing import Self, Unpack
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
-from imagemesh.v1 import preprocess_service_pb2, preprocess_service_pb2_grpc
+from imagemesh.v1 import (
+    model_loading_service_pb2,
+    model_loading_service_pb2_grpc,
+    preprocess_service_pb2,
+    preprocess_service_pb2_grpc,
+)
 from imagemesh_client import answers
 from imagemesh_client.aio_jobs import AsyncJobs
+from imagemesh_client.fields import text
 from imagemesh_client.images import ImageInput
 from imagemesh_client.outgoing import Outgoing
 from imagemesh_client.preprocessing import Preprocessed, Preprocessor, preprocess_request, preprocessed, preprocessors
@@ -23,6 +29,7 @@ from imagemesh_client.types import (
     Embeddings,
     Event,
     Generation,
+    Model,
     Models,
     PoolingName,
     Progress,
@@ -233,6 +240,24 @@ class AsyncClient:
         """List what the mesh can run."""
         peer, stub = self._connect()
         return answers.models(await peer.unary(stub.ListModels, pb.ListModelsRequest()))
+
+    async def load_model(self, name: str) -> Model:
+        """Have a classifier of the mesh's model folders in memory as it is on the disk now.
+
+        It may have been put there just now; one that was loaded before and has changed since is loaded again, and
+        serves what is asked from then on. Where that fails, the old one goes on.
+        """
+        request = model_loading_service_pb2.LoadModelRequest(name=text("name", name))
+        peer = self._connect()[0]
+        stub = model_loading_service_pb2_grpc.ModelLoadingServiceStub(peer.channel)
+        return answers.model((await peer.unary(stub.LoadModel, request)).model)
+
+    async def unload_model(self, name: str) -> bool:
+        """Drop a classifier from memory, until somebody asks for it again; answers whether it was there."""
+        request = model_loading_service_pb2.UnloadModelRequest(name=text("name", name))
+        peer = self._connect()[0]
+        stub = model_loading_service_pb2_grpc.ModelLoadingServiceStub(peer.channel)
+        return bool((await peer.unary(stub.UnloadModel, request)).changed)
 
     async def sampling(self) -> Sampling:
         """Tell the schedulers and the guiders that there are, with their options."""

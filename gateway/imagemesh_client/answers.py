@@ -165,10 +165,11 @@ def _prediction(prediction: vit_service_pb2.Prediction) -> Prediction:
 
 def models(response: pb.ListModelsResponse) -> Models:
     """What the mesh can run."""
-    return Models(tuple(map(_model, response.models)), tuple(response.unreachable), tuple(response.roots))
+    return Models(tuple(map(model, response.models)), tuple(response.unreachable), tuple(response.roots))
 
 
-def _model(info: model_service_pb2.ModelInfo) -> Model:
+def model(info: model_service_pb2.ModelInfo) -> Model:
+    """Something that a service can run."""
     return Model(
         name=info.name,
         role=info.role,

@@ -20,6 +20,7 @@ from imagemesh_client.types import (
     Embeddings,
     Event,
     Generation,
+    Model,
     Models,
     PoolingName,
     Progress,
@@ -158,6 +159,14 @@ class Client:
     def models(self) -> Models:
         """List what the mesh can run."""
         return self._thread.run(self._async.models())
+
+    def load_model(self, name: str) -> Model:
+        """Have a classifier in memory as it is on the disk now; see ``AsyncClient.load_model``."""
+        return self._thread.run(self._async.load_model(name))
+
+    def unload_model(self, name: str) -> bool:
+        """Drop a classifier from memory; see ``AsyncClient.unload_model``."""
+        return self._thread.run(self._async.unload_model(name))
 
     def sampling(self) -> Sampling:
         """Tell the schedulers and the guiders that there are, with their options."""

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from imagemesh.v1 import gateway_service_pb2_grpc as rpc
-from imagemesh.v1 import job_service_pb2_grpc, preprocess_service_pb2_grpc, search_service_pb2_grpc
+from imagemesh.v1 import (
+    job_service_pb2_grpc,
+    model_loading_service_pb2_grpc,
+    preprocess_service_pb2_grpc,
+    search_service_pb2_grpc,
+)
 from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.access.door import Door
 from imagemesh_gateway.config import GatewayConfig
@@ -17,6 +22,7 @@ from imagemesh_gateway.http import create_app
 from imagemesh_gateway.http_guard import WS_MESSAGE_BYTES, Guard, HttpLimits
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.jobs.servicer import JobServicer
+from imagemesh_gateway.loading import LoadingForwarder
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.oip import oip_models
 from imagemesh_gateway.preprocess import PreprocessServicer
@@ -59,6 +65,11 @@ class GatewayServer(MeshServer):
             search_service_pb2_grpc.add_SearchServiceServicer_to_server,
             SearchForwarder(mesh, metrics),
             "imagemesh.v1.SearchService",
+        )
+        self.add(
+            model_loading_service_pb2_grpc.add_ModelLoadingServiceServicer_to_server,
+            LoadingForwarder(mesh),
+            "imagemesh.v1.ModelLoadingService",
         )
         self.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(self._jobs), "imagemesh.v1.JobService"

@@ -146,6 +146,20 @@ class Backend(Protocol[Model_co]):
         """Load one of them; called on the lane."""
 
 
+# Path, size and time of each of a model's files.
+_Stamp = frozenset[tuple[str, int, int]]
+
+
+def _stamp(backend: Backend[Any], name: str) -> _Stamp:
+    """Tells whether a model's folder is as it was; empty: it isn't there, or is being changed."""
+    folder = backend.repository.folders().get(name) if backend.repository is not None else None
+    try:
+        files = [(path, path.stat()) for path in folder.path.rglob("*")] if folder is not None else []
+    except OSError:
+        return frozenset()
+    return frozenset((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files)
+
+
 class LoadedModels(Generic[Model]):
     """Loads each model at its first use, once, on the lane."""
 
@@ -155,6 +169,7 @@ class LoadedModels(Generic[Model]):
         self._metrics = metrics
         self._loaded: dict[str, Model] = {}
         self._engines: dict[str, Backend[Any]] = {}
+        self._stamps: dict[str, _Stamp] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
 
     def is_loaded(self, name: str) -> bool:
@@ -175,13 +190,49 @@ class LoadedModels(Generic[Model]):
         Raises:
             NotFound: the backend has no such model; the error lists what there is.
         """
-        if name not in self._loaded:
-            task = self._loading.get(name)
-            if task is None:
-                task = self._loading[name] = asyncio.create_task(self._load(name))
-                task.add_done_callback(lambda done: self._settle(name, done))
-            await asyncio.shield(task)
+        while name not in self._loaded:  # again, should it have been unloaded by the time that we come to it
+            await asyncio.shield(self._begun(name))
         return self._loaded[name]
+
+    async def refresh(self, name: str) -> bool:
+        """Have the model in memory as it is on the disk; answers whether it had to be read.
+
+        One that is in memory stays there, and is used, until the new one is whole; where that fails, for good.
+
+        Raises: as ``get``, and what the backend says of a broken folder.
+        """
+        if name in self._loading:
+            await asyncio.wait([self._loading[name]])
+        if name in self._loaded and self._stamps[name] == await asyncio.to_thread(_stamp, self.backend, name):
+            return False
+        await asyncio.shield(self._begun(name))
+        return True
+
+    async def unload(self, name: str) -> bool:
+        """Forget the model, whose memory is free once nobody uses it any more; answers whether it was loaded.
+
+        Raises:
+            NotFound: it is not loaded, and the backend has no such model.
+        """
+        if name in self._loading:
+            await asyncio.wait([self._loading[name]])
+        if name not in self._loaded:
+            cards = await asyncio.to_thread(self.backend.cards)  # it reads the disk
+            if name not in cards:
+                raise NotFound("model", name, cards)
+            return False
+        for known in (self._loaded, self._engines, self._stamps):
+            del known[name]
+        log.info("%s: %s unloaded", self._metrics.service, name)
+        return True
+
+    def _begun(self, name: str) -> "asyncio.Task[None]":
+        """The load of that model that is under way, or a new one."""
+        task = self._loading.get(name)
+        if task is None:
+            task = self._loading[name] = asyncio.create_task(self._load(name))
+            task.add_done_callback(lambda done: self._settle(name, done))
+        return task
 
     def _settle(self, name: str, task: asyncio.Task[None]) -> None:
         del self._loading[name]  # so that a load that failed can be tried again
@@ -196,9 +247,12 @@ class LoadedModels(Generic[Model]):
         if name not in cards:
             raise NotFound("model", name, cards)
         engine = cards[name].engine or self.backend
+        stamp = await asyncio.to_thread(
+            _stamp, self.backend, name
+        )  # before it is read: what changes meanwhile is newer
         with self._metrics.model_load.time(name):
             model = await self.lane.run(engine.load, name)
-        self._engines[name], self._loaded[name] = engine, model
+        self._engines[name], self._loaded[name], self._stamps[name] = engine, model, stamp
         log.info("%s: %s loaded by %s", self._metrics.service, name, engine.name)
 
 

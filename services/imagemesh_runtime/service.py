@@ -10,10 +10,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Generic, TypeVar
 
-from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
+from imagemesh.v1 import model_loading_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
 from imagemesh_runtime.config import ModelServerConfig, load
 from imagemesh_runtime.findings import nothing_to_serve
 from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.loading import LoadingServicer
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, ModelCard
 from imagemesh_runtime.server import MeshServer, stop_signal
@@ -48,6 +49,12 @@ class ModelServer(MeshServer, Generic[Model]):
     def on_describe(self, describe: Callable[[ModelCard], Mapping[str, str]]) -> None:
         """Add what ``describe`` answers to a model's properties whenever models are listed."""
         self._lister.describe = describe
+
+    def allow_loading(self) -> None:
+        """Let models be loaded and unloaded by name; for a service whose requests keep to the model they began with."""
+        servicer = LoadingServicer(self._models, self._lister.infos)
+        add = model_loading_service_pb2_grpc.add_ModelLoadingServiceServicer_to_server
+        self.add(add, servicer, "imagemesh.v1.ModelLoadingService")
 
     async def start(self) -> None:
         """Bind, load what is to be preloaded, then say that the service is ready."""
@@ -87,10 +94,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self, request: model_service_pb2.ListServedModelsRequest, context: Any
     ) -> model_service_pb2.ListServedModelsResponse:
         """Answer from the disk and from memory; nothing is loaded."""
+        repository = self._models.backend.repository
+        roots = map(str, repository.roots) if repository is not None else ()
+        return model_service_pb2.ListServedModelsResponse(models=(await self.infos()).values(), roots=roots)
+
+    async def infos(self) -> dict[str, model_service_pb2.ModelInfo]:
+        """The models by name."""
         backend = self._models.backend
         cards = await asyncio.to_thread(backend.cards)  # it reads the disk
-        infos = [
-            model_service_pb2.ModelInfo(
+        return {
+            card.name: model_service_pb2.ModelInfo(
                 name=card.name,
                 role=self._role,
                 backend=(card.engine or backend).name,
@@ -100,9 +113,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 properties={**card.properties, **self.describe(card)},
             )
             for card in cards.values()
-        ]
-        roots = map(str, backend.repository.roots) if backend.repository is not None else ()
-        return model_service_pb2.ListServedModelsResponse(models=infos, roots=roots)
+        }
 
 
 def set_process_defaults(log_level: str = "INFO") -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.dlpack import from_dlpack
 
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
@@ -127,7 +128,7 @@ def load_module(cls: Any, path: Path, dtype: torch.dtype, device: torch.device, 
                 ignore_mismatched_sizes=True,  # reported below, in words of ours
                 **kwargs,
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where a file is torn
         log.warning("%s: %s", shown, error)
         raise FailedPrecondition(f"{shown} has no weights in safetensors files that can be read") from error
     # Both libraries would go on with random values in place of what is missing.

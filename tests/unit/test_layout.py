@@ -65,7 +65,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    others = {"gateway", "job", "model", "preprocess", "reference", "search", "transport"}
+    others = {"gateway", "job", "model", "model_loading", "preprocess", "reference", "search", "transport"}
     names = {room.name for room in ROOMS} | others
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 
@@ -135,7 +135,8 @@ def test_both_clients_have_the_same_methods():
     sync, aio = ({name for name in dir(cls) if not name.startswith("_")} for cls in (Client, AsyncClient))
     vision = {"classify", "classify_stream", "embed", "embed_stream"}
     control = {"preprocess", "preprocessors"}
-    assert sync == aio == vision | control | {"close", "generate", "models", "sampling", "stream"}
+    loading = {"load_model", "unload_model"}
+    assert sync == aio == vision | control | loading | {"close", "generate", "models", "sampling", "stream"}
 
 
 def test_the_jobs_of_both_clients_have_the_same_methods():

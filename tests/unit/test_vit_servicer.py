@@ -1,7 +1,9 @@
 """Which pictures share a forward, and what happens beside the lane."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -216,3 +218,38 @@ async def test_a_full_queue_refuses_before_decoding(decoding):
     model.permits.release(100)
     await asyncio.gather(*tasks)
     assert model.done == 5
+
+
+async def test_what_was_accepted_before_a_model_is_replaced_or_dropped_ends_with_the_old_one(room):
+    models = room.servicer._models
+
+    class Inverted(FakeVitModel):
+        def classify(self, pixels):
+            return -super().classify(pixels)
+
+    first = asyncio.create_task(room.servicer.ClassifyImages(_classify(51), None))
+    await room.model.begun.wait()
+    waiting = asyncio.create_task(room.servicer.ClassifyImages(_classify(102), None))
+    for _ in range(2):
+        await room.submitted.acquire()
+    models.backend.load = lambda name: Inverted()
+    assert await models.unload("fake") is True
+    later = asyncio.create_task(room.servicer.ClassifyImages(_classify(204), None))
+    room.model.release.set()
+    answers = await asyncio.gather(first, waiting, later)
+    logits = [max(abs(one.logit) for one in answer.classifications[0].predictions) for answer in answers]
+    np.testing.assert_allclose(logits, [0.2, 0.4, 0.8], atol=1e-6)
+    assert [answer.classifications[0].predictions[-1].logit < -0.1 for answer in answers] == [False, False, True]
+    assert room.model.forwards == [("classify", 1), ("classify", 1)]
+
+
+async def test_a_model_that_nobody_uses_any_more_is_not_kept_in_memory(room):
+    room.model.release.set()
+    models = room.servicer._models
+    models.backend.load = lambda name: FakeVitModel()
+    await models.unload("fake")
+    await room.servicer.ClassifyImages(_classify(51), None)
+    seen = weakref.ref(models.in_memory("fake"))
+    await models.unload("fake")
+    gc.collect()
+    assert seen() is None

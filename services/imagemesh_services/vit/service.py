@@ -30,6 +30,7 @@ def create(config: VitConfig, lane: Lane) -> ModelServer[VitModel]:
     servicer = VitServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)
     server.add(rpc.add_VitServiceServicer_to_server, servicer, "imagemesh.v1.VitService")
+    server.allow_loading()
     faces = vit_models(
         local_name(models.backend.cards),
         lambda request: servicer.ClassifyImages(request, None),

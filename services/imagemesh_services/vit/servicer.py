@@ -1,6 +1,7 @@
 """Requests to arrays and back."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -28,9 +29,13 @@ from imagemesh_services.vit.wishes import NUMBERS, wanted_of
 
 @dataclass(frozen=True)
 class _Key:
-    """What pictures must agree in to share a forward; ``wanted`` is None where they are classified."""
+    """What pictures must agree in to share a forward; ``wanted`` is None where they are classified.
 
-    model: str
+    The model itself, not its name, which may be another's by the time of the forward: who waits holds on to the model
+    that its pictures were preprocessed for. What was measured under a key that is gone keeps no model in memory.
+    """
+
+    model: "weakref.ref[VitModel]"
     shape: tuple[int, ...]
     wanted: Wanted | None = None
 
@@ -61,25 +66,27 @@ class VitServicer(rpc.VitServiceServicer):
         check_range("images", len(request.images), 1, MAX_IMAGES)
         check_range("threshold", request.threshold, 0, 1)
         model = await self._models.get(request.model)
+        engine = self._models.engine_of(request.model)
         pixels = await self._pixels(model, request.images, model.sizes.check(request.size))
-        logits = np.concatenate(await submit_rows(self.batcher, _Key(request.model, pixels.shape[1:]), pixels))
+        logits = np.concatenate(await submit_rows(self.batcher, _Key(weakref.ref(model), pixels.shape[1:]), pixels))
         return pb.ClassifyImagesResponse(
             classifications=[classification(row, model.labels, request) for row in logits],
             model=request.model,
-            backend=self._models.engine_of(request.model).name,
+            backend=engine.name,
         )
 
     async def EmbedImages(self, request: pb.EmbedImagesRequest, context: Any) -> pb.EmbedImagesResponse:
         check_range("images", len(request.images), 1, MAX_IMAGES)
         model = await self._models.get(request.model)
+        engine = self._models.engine_of(request.model)
         size = model.sizes.check(request.size)
         wanted = wanted_of(request, model, self._max_message_bytes)
         pixels = await self._pixels(model, request.images, size)
-        key = _Key(request.model, pixels.shape[1:], wanted)
+        key = _Key(weakref.ref(model), pixels.shape[1:], wanted)
         embedding = _joined(await submit_rows(self.batcher, key, pixels))
         # Beside the event loop: hidden states are megabytes, and pictures of the attention take their time.
         fields = await asyncio.to_thread(embedding_fields, request, embedding, pixels.shape[2])
-        return pb.EmbedImagesResponse(model=request.model, backend=self._models.engine_of(request.model).name, **fields)
+        return pb.EmbedImagesResponse(model=request.model, backend=engine.name, **fields)
 
     async def ClassifyImageStream(
         self, request_iterator: AsyncIterator[pb.ClassifyImageStreamRequest], context: Any
@@ -116,7 +123,8 @@ class VitServicer(rpc.VitServiceServicer):
 
     async def _compute(self, key: Hashable, items: Sequence[Array]) -> list[Array] | list[Embedding]:
         asked = cast(_Key, key)
-        model = await self._models.get(asked.model)
+        model = asked.model()
+        assert model is not None  # a request whose caller left is in no batch
         pixels = np.concatenate(items)
         cuts = np.cumsum([len(item) for item in items])[:-1]
         if asked.wanted is None:

@@ -291,3 +291,79 @@ def test_a_missing_library_is_named(name: str) -> None:
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match="auto or one of absent, dotted, fake, here, later"):
         choose_backend(TABLE, "nonsense")
+
+
+class OnDisk(Backend):
+    """Of "a" a folder on a disk is read: the load answers what is in its file."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.repository = Repository([root])
+        self.go.set()
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        return {name: ModelCard(name) for name in self.repository.folders()}
+
+    def load(self, name: str) -> int:
+        super().load(name)
+        return int((self.repository.folders()[name].path / "weights").read_text())
+
+
+@pytest.fixture
+def on_disk(models: LoadedModels[int], tmp_path: Path) -> OnDisk:
+    models.backend = OnDisk(tmp_path)
+    put(tmp_path, "a")
+    put(tmp_path, "a", "weights", "1")
+    return models.backend
+
+
+async def test_a_model_whose_files_changed_is_read_again_and_others_are_not(on_disk, models, tmp_path) -> None:
+    assert await models.refresh("a") is True
+    assert await models.refresh("a") is False
+    assert (await models.get("a"), on_disk.asked) == (1, ["a"])
+    put(tmp_path, "a", "weights", "22")
+    assert await models.get("a") == 1  # nobody said that it is whole
+    assert await models.refresh("a") is True
+    assert (await models.get("a"), on_disk.asked) == (22, ["a", "a"])
+
+
+async def test_a_model_that_cannot_be_read_again_goes_on_as_it_was(on_disk, models, tmp_path) -> None:
+    await models.refresh("a")
+    put(tmp_path, "a", "weights", "no number")
+    with pytest.raises(ValueError, match="no number"):
+        await models.refresh("a")
+    assert await models.get("a") == 1
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(NotFound, match="available: none"):
+        await models.refresh("a")
+    assert await models.get("a") == 1
+
+
+async def test_whoever_refreshes_meanwhile_shares_the_load(on_disk, models) -> None:
+    on_disk.go.clear()
+    tasks = [asyncio.create_task(models.refresh("a")) for _ in range(4)]
+    assert await asyncio.to_thread(on_disk.begun.wait, 10)
+    on_disk.go.set()
+    await asyncio.gather(*tasks)
+    assert on_disk.asked == ["a"]
+
+
+async def test_an_unloaded_model_is_loaded_by_who_asks_next(on_disk, models) -> None:
+    await models.get("a")
+    assert await models.unload("a") is True
+    assert not models.is_loaded("a")
+    assert await models.unload("a") is False
+    assert await models.get("a") == 1
+    assert on_disk.asked == ["a", "a"]
+    with pytest.raises(NotFound, match="available: a"):
+        await models.unload("b")
+
+
+async def test_a_load_under_way_ends_before_it_is_unloaded(on_disk, models) -> None:
+    on_disk.go.clear()
+    asked = asyncio.create_task(models.get("a"))
+    assert await asyncio.to_thread(on_disk.begun.wait, 10)
+    unloaded = asyncio.create_task(models.unload("a"))
+    on_disk.go.set()
+    assert await asked == 1
+    assert await unloaded is True
