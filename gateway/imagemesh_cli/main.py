@@ -11,6 +11,8 @@ from pkgutil import resolve_name
 
 from imagemesh_cli.parser import build_parser
 
+# Of packages that the extra "all" doesn't bring, the extra that does.
+_EXTRAS = {"openvino": "openvino", "peft": "finetune", "datasets": "finetune", "pyarrow": "parquet"}
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -33,7 +35,7 @@ def _report(error: Exception) -> int:
     if os.environ.get("IMAGEMESH_LOG_LEVEL", "").upper() == "DEBUG":
         traceback.print_exception(error)
     if isinstance(error, ModuleNotFoundError):
-        extra = {"openvino": "openvino", "pyarrow": "parquet"}.get(error.name or "", "all")
+        extra = _EXTRAS.get(str(error.name), "all")
         print(f"imagemesh: needs the package {error.name}: pip install 'imagemesh[{extra}]'", file=sys.stderr)
         return EXIT_FAILURE
     from grpc import StatusCode

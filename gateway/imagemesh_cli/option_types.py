@@ -65,6 +65,13 @@ def share(text: str) -> float:
     return value
 
 
+def split(text: str) -> float:
+    """A number above 0 and below 1."""
+    if not 0 < (value := number(text)) < 1:
+        raise _refuse("a number above 0 and below 1", text)
+    return value
+
+
 def size(text: str) -> tuple[int, int]:
     """Width and height in pixels."""
     width, _, height = text.lower().partition("x")
@@ -116,6 +123,13 @@ def file_or_folder(text: str) -> Path:
     """A file or a folder that is there."""
     if not Path(text).exists():
         raise ArgumentTypeError(f"no such file or folder: {text}")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """A folder that is there."""
+    if not Path(text).is_dir():
+        raise ArgumentTypeError(f"no such folder: {text}")
     return Path(text)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from imagemesh_cli.finetune_parser import add_finetune
 from imagemesh_cli.generation_parser import add_generation
 from imagemesh_cli.key_parser import KEYS_HELP, add_keys
 from imagemesh_cli.option_types import (
@@ -29,6 +30,10 @@ from imagemesh_cli.search_parser import SEARCH_COMMANDS
 from imagemesh_cli.shrink_parser import add_distill, add_export, add_quantize
 
 DEFAULT_SERVER = "127.0.0.1:50050"
+LOADING = {
+    "load": "have a classifier in memory as it is on the disk now, without a restart",
+    "unload": "drop a classifier from memory, until somebody asks for it again",
+}
 STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 _TLS_HELP = {
     "authority": "call by TLS; PEM of the authorities whose certificates the gateway may show, or the word system",
@@ -91,13 +96,21 @@ def build_parser() -> ArgumentParser:
     add_export(command("export", "shrink_commands:export", "write a classifier as an ONNX or OpenVINO graph"))
     add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
     add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))
+    add_finetune(command("finetune", "finetune_command:finetune", "teach a classifier labels of your own"))
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     add_keys(commands.add_parser("keys", help="make, list and revoke API keys", description=KEYS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
+    for name, about in LOADING.items():
+        _loading(command(name, f"loading_commands:{name}", about))
     _client(command("schedulers", "client_commands:schedulers", "list the schedulers; --json tells their options"))
     _client(command("guiders", "client_commands:guiders", "list the ways of guidance; --json tells their options"))
     _client(command("preprocessors", "preprocess_commands:preprocessors", "list the preprocessors for ControlNets"))
     return parser
+
+
+def _loading(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="see imagemesh models; a folder's name, no path")
+    _client(parser)
 
 
 def _up(parser: ArgumentParser) -> None:
