@@ -8,6 +8,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
+from imagemesh_cli.parser import build_parser
 from imagemesh_cli.rooms import GATEWAY, SERVICES
 from imagemesh_runtime.config import load
 from imagemesh_runtime.http import admin_routes
@@ -221,3 +222,24 @@ def test_controlnets_beside_the_sampler_share_the_folder_of_its_sockets_and_its_
     assert [each["/tmp"] for each in mounts] == ["tmp", "tmp"]
     assert len({each["/var/lib/imagemesh"] for each in mounts}) == 2
     assert next(one for one in pod["volumes"] if one["name"] == "tmp")["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_finetuning_job_gives_the_command_what_it_takes_and_writes_where_models_are_read(tmp_path: Path) -> None:
+    objects = render(K8S / "tests" / "finetune")
+    (job,) = (one for name, one in containers(objects) if name == "finetune")
+    places = {each["mountPath"]: each["name"] for each in job["volumeMounts"]}
+    here = {place: str(tmp_path / name) for place, name in places.items()}
+    for place in here.values():
+        Path(place).mkdir()
+    arguments = [re.sub("=(/[a-z]+)", lambda found: f"={here[found[1]]}", one) for one in job["args"]]
+    asked = build_parser().parse_args([*job["command"][1:], *arguments])
+    assert job["command"][0] == "imagemesh"
+    assert asked.output.parent == asked.state.parent == Path(here["/models"])
+    assert asked.state.name.startswith("."), "the service would take the run for a model"
+    (vit,) = (one for name, one in containers(objects) if name == "vit")
+    assert environment(vit)["IMAGEMESH_MODELS"] == environment(job)["IMAGEMESH_MODELS"] == "/models"
+    claims = {each["name"]: each["persistentVolumeClaim"]["claimName"] for _, template in templates(objects)
+              if template["spec"]["containers"][0]["name"] == "finetune"
+              for each in template["spec"]["volumes"] if "persistentVolumeClaim" in each}  # fmt: skip
+    assert claims == {"models": "models", "data": "finetune-data"}
+    assert set(claims.values()) <= {one["metadata"]["name"] for one in find(objects, "PersistentVolumeClaim")}
