@@ -10,7 +10,7 @@ TESTS_AT_ONCE ?= 2
 BUF := .tools/node_modules/.bin/buf
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install dev demo run test test-full lint format protos bench triton train-demo eval-demo wheel images simulate clean
+.PHONY: help install dev demo run test test-full lint format protos bench triton train-demo eval-demo finetune-demo wheel images simulate clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
@@ -65,6 +65,10 @@ train-demo: dev ## train the shipped models (hours; resumes)
 
 eval-demo: dev ## measure the shipped models
 	$(BIN)/python -m imagemesh_training.evaluate
+
+finetune-demo: dev ## teach the shipped ViT 20 things that it doesn't know, 20 pictures of each, and measure it (minutes)
+	$(BIN)/python -m imagemesh_training.unseen_things --out out/unseen
+	$(BIN)/imagemesh finetune emoji-vit --data out/unseen --tune all -o out/models/unseen-vit
 
 wheel: dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist

@@ -8,7 +8,7 @@ in, so a run can be repeated.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -88,9 +88,15 @@ def _lists() -> tuple[str, str]:
     return drawn, words
 
 
-def _read(text: str) -> Iterator[Thing]:
+@cache
+def _characters() -> dict[str, str]:
+    """All emoji by their plain names."""
     whole = emoji.STATUS["fully_qualified"]
-    characters = {plain(entry["en"]): c for c, entry in emoji.EMOJI_DATA.items() if entry["status"] <= whole}
+    return {plain(entry["en"]): c for c, entry in emoji.EMOJI_DATA.items() if entry["status"] <= whole}
+
+
+def _read(text: str) -> Iterator[Thing]:
+    characters = _characters()
     for line in text.splitlines():
         if not line.strip() or line[0] in "#[":
             continue
@@ -116,12 +122,21 @@ def load_sprites(cache_dir: Path | None = None) -> Sprites:
     path = cache_dir / f"sprites-{len(things())}.npy" if cache_dir else None
     if path and path.exists():
         return np.asarray(np.load(path), dtype=np.float32)
-    font = ImageFont.truetype(str(FONT), FONT_SIZE)
-    sprites = np.stack([_render(thing.emoji, font) for thing in things()])
+    sprites = _render_all(thing.emoji for thing in things())
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, sprites)
     return sprites
+
+
+def sprites_of(names: Iterable[str]) -> Sprites:
+    """Sprites as `load_sprites` makes them, of any emoji by their plain names in the package `emoji`."""
+    return _render_all(_characters()[name] for name in names)
+
+
+def _render_all(characters: Iterable[str]) -> Sprites:
+    font = ImageFont.truetype(str(FONT), FONT_SIZE)
+    return np.stack([_render(character, font) for character in characters])
 
 
 def _render(character: str, font: ImageFont.FreeTypeFont) -> Sprites:
