@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Gateways keep their jobs there; the tests' ones must not find each other's, nor the user's.
 _STATE = tempfile.TemporaryDirectory(prefix="imagemesh-state-", ignore_cleanup_errors=True)
 os.environ["XDG_STATE_HOME"] = _STATE.name
+# Where graphs of models are kept.
+os.environ["XDG_CACHE_HOME"] = os.path.join(_STATE.name, "cache")
 
 _TOO_LONG = 420.0  # seconds; a test alone ends by `timeout` in pyproject.toml, unless it is stuck in native code
 _TOO_LONG_TO_END = 90.0  # what a failed test's fixtures have to end

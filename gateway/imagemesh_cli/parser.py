@@ -82,7 +82,7 @@ def build_parser() -> ArgumentParser:
 
     _up(command("up", "server_commands:up", "run all services and the gateway in this process"))
     _serve(command("serve", "server_commands:serve", "run one service in this process"))
-    _tune(command("tune", "tune_command:tune", "measure how many rows of a batch pay here, for the diffusion service"))
+    _tune(command("tune", "tune_command:tune", "measure how many rows of a batch pay here, or which engines"))
     _demo(command("demo", "demo:demo", "start a mesh, make a picture, classify it, tell what each hop cost, stop"))
     _generate(command("generate", "client_commands:generate", "make pictures of a prompt"))
     _classify(command("classify", "vision_commands:classify", "name what is in pictures"))
@@ -147,6 +147,9 @@ def _tune(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rounds", type=whole(1, 4096), default=5, metavar="N", help="forwards of each count (default: 5)"
+    )
+    parser.add_argument(
+        "--engines", action="store_true", help="instead, which engine runs each service's models fastest"
     )
     parser.add_argument("--json", action="store_true", help="answer as JSON")
     _models_and_config(parser)

@@ -1,4 +1,4 @@
-"""The command that measures this machine for the diffusion service."""
+"""The command that measures this machine: rows of a batch for the diffusion service, or engines for all."""
 
 import dataclasses
 from argparse import Namespace
@@ -7,6 +7,7 @@ from typing import Any
 
 from imagemesh_cli.console import print_json, print_table
 from imagemesh_cli.rooms import SERVICES, configure
+from imagemesh_cli.tune_engines import tune_engines
 from imagemesh_runtime.errors import NotFound
 from imagemesh_runtime.limits import check_size
 from imagemesh_runtime.service import set_process_defaults
@@ -17,6 +18,8 @@ _HEADER = ("MODEL", "SIZE", "ROWS", "MS A ROW", "MS A FORWARD", "LIMITED BY")
 def tune(args: Namespace) -> int:
     """Measure, put the knees on file, and tell them."""
     set_process_defaults("WARNING")
+    if args.engines:
+        return tune_engines(args)
     from imagemesh_services.diffusion.knees import knees_path, write_knees
 
     settings = {name: str(value) for name in ("models", "backend") if (value := getattr(args, name)) is not None}

@@ -48,12 +48,16 @@ class ServerConfig:
 class ModelServerConfig(ServerConfig):
     """What every service that runs models has."""
 
-    # A name in the service's BACKENDS, or "auto": the first one whose library is here.
+    # A name in the service's BACKENDS, or "auto": what was measured to be fastest, else the first one that is here.
     backend: str = "auto"
     # Folders of models, separated as in PATH; empty: the models that come with imagemesh.
     models: str = ""
     device: str = "auto"
     dtype: str = "float32"
+    # Where backends that run graphs keep those they make of models; empty: in a folder of the user's cache.
+    graphs: str = ""
+    # Where `imagemesh tune --engines` keeps what it measured; empty: in a file of the user's state.
+    engines_file: str = ""
     # Threads for one computation; 0: as many as there are cores for this process.
     threads: int = 0
     # Comma-separated names of models to load before the service is ready.

@@ -264,14 +264,18 @@ class BackendEntry:
     library: str | None = None
     # Only by explicit config, never by "auto".
     explicit: bool = False
+    # Libraries that it needs besides.
+    beside: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:
-        """Whether the library is here; nothing is imported to find out."""
-        try:
-            return self.library is None or importlib.util.find_spec(self.library) is not None
-        except ModuleNotFoundError:  # the package that a dotted name begins with
-            return False
+        """Whether the libraries are here; nothing is imported to find out."""
+        return not self.missing
+
+    @property
+    def missing(self) -> list[str]:
+        """The libraries that aren't here."""
+        return [name for name in (self.library, *self.beside) if name and not _is_here(name)]
 
 
 def choose_backend(table: Mapping[str, BackendEntry], choice: str) -> Any:
@@ -291,5 +295,12 @@ def choose_backend(table: Mapping[str, BackendEntry], choice: str) -> Any:
         raise InvalidArgument("backend", choice, f"auto or one of {', '.join(table)}")
     entry = table[choice]
     if not entry.installed:
-        raise FailedPrecondition(f"backend {choice} needs the package {entry.library}, which is not installed")
+        raise FailedPrecondition(f"backend {choice} needs the package {entry.missing[0]}, which is not installed")
     return resolve_name(entry.target)
+
+
+def _is_here(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # the package that a dotted name begins with
+        return False

@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="latency, hops, transport, triton, several, stall, overlap, memory, batching, alone, wait, capacity; "
-        "none: all, the one against Triton if `make triton` has been run",
+        help="latency, hops, transport, triton, several, stall, overlap, memory, batching, alone, backends, wait, "
+        "capacity; none: all, the one against Triton if `make triton` has been run",
     )
     options = parser.parse_args()
 
@@ -38,8 +38,7 @@ def main() -> None:
             figures.append(figure)
             print(figure.row(), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    options.out.write_text(json.dumps({"machine": machine, "figures": [one.as_json() for one in figures]}, indent=2))
+    options.out.write_text(json.dumps({"machine": _machine(), "figures": [one.as_json() for one in figures]}, indent=2))
     print(f"written to {options.out}")
 
 
@@ -49,7 +48,7 @@ def _measured(folder: Path, names: list[str], rounds: int) -> "Iterator[Figure]"
 
     root = folder / "models"
     benches = _benches(folder, root, rounds)
-    if {"latency", "memory", "batching", "alone"} & set(names or benches):
+    if {"latency", "memory", "batching", "alone", "backends"} & set(names or benches):
         models.build(root)
     for name in names or benches:
         try:
@@ -64,6 +63,7 @@ def _benches(folder: Path, root: Path, rounds: int) -> "Mapping[str, Callable[[]
     from tests.bench import (
         against_triton,
         alone,
+        backends,
         batching,
         declared,
         hops,
@@ -89,9 +89,14 @@ def _benches(folder: Path, root: Path, rounds: int) -> "Mapping[str, Callable[[]
             figure for side in (64, 128) for figure in batching.measure(root, models.NAME, side, rounds)
         ],
         "alone": lambda: alone.measure(root, models.NAME, models.SIDE, rounds),
+        "backends": lambda: backends.measure(root, models.NAME, models.SIDE, rounds),
         "wait": lambda: declared.wait(rounds),
         "capacity": lambda: declared.capacity(rounds),
     }
+
+
+def _machine() -> dict[str, object]:
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
 
 
 def _quieten() -> None:

@@ -30,7 +30,7 @@ from tests.support.services import serving
 from tests.support.tiny_models import build_adapter
 
 IMAGE = np.random.default_rng(3).integers(0, 256, (64, 128, 3), dtype=np.uint8)
-NAMES = {"torch": "lines", "fake": "fake"}
+NAMES = {"torch": "lines", "onnxruntime": "lines", "openvino": "lines", "fake": "fake"}
 
 
 @pytest.fixture(scope="module")

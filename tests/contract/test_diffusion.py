@@ -10,10 +10,10 @@ from imagemesh_runtime.errors import InvalidArgument, NotFinite
 from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel, Residuals, Run, SampleInputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
-from tests.support.backends import load_first
+from tests.support.backends import each_with, load_first
 
 # Width of the prompts' embeddings that each backend's model wants.
-WIDTHS = {"torch": 32, "fake": 4}
+WIDTHS = {"torch": 32, "onnxruntime": 32, "openvino": 32, "fake": 4}
 TOKENS, SIDE, STEPS = 5, 64, 4
 
 
@@ -93,7 +93,9 @@ def test_asking_for_the_model_input_changes_nothing(model, inputs):
     np.testing.assert_array_equal(asked.latents(), _finish(model, model.start(inputs)))
 
 
-@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+@pytest.mark.parametrize(
+    ("backend", "name"), each_with(BACKENDS, [None, *SCHEDULERS], [None, "Heun"]), indirect=["backend"], scope="module"
+)
 @pytest.mark.parametrize("steps", [2, STEPS])
 def test_every_scheduler_counts_up_to_the_steps_asked_for(model, inputs, name, steps):
     run = model.start(dataclasses.replace(inputs, scheduler=find_scheduler(name or ""), steps=steps))

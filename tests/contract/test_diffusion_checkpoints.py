@@ -12,11 +12,11 @@ from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel, Sampl
 from imagemesh_services.diffusion.checkpoint import read_message, to_message
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.schedulers import SCHEDULERS, find_scheduler
-from tests.support.backends import load_first
+from tests.support.backends import each_with, load_first
 from tests.support.freezing import MODES, advance, every_mode, handed_over, undisturbed
 
 # Width of the prompts' embeddings that each backend's model wants.
-WIDTHS = {"torch": 32, "fake": 4}
+WIDTHS = {"torch": 32, "onnxruntime": 32, "openvino": 32, "fake": 4}
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
@@ -29,7 +29,7 @@ def model(backend: str, models: Path) -> DiffusionModel:
     return load_first(BACKENDS, backend, DiffusionConfig, models)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def other(backend: str, models: Path) -> DiffusionModel:
     """Another replica's model."""
     return load_first(BACKENDS, backend, DiffusionConfig, models)
@@ -40,14 +40,21 @@ def inputs(backend: str) -> SampleInputs:
     return every_mode(WIDTHS[backend])["text to image"]
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, None])
+@pytest.mark.parametrize(
+    ("backend", "scheduler"), each_with(BACKENDS, [*SCHEDULERS, None], ["Heun"]), indirect=["backend"], scope="module"
+)
 def test_a_run_goes_on_from_every_kind_of_checkpoint_bit_by_bit(model, other, inputs, scheduler):
     inputs = dataclasses.replace(inputs, scheduler=find_scheduler(scheduler) if scheduler else None, steps=6)
     _goes_on(model, other, inputs)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("scheduler", ["DPM++ 2M SDE Karras", "Heun", "PNDM", "DPM++ SDE"])
+@pytest.mark.parametrize(
+    ("backend", "scheduler"),
+    each_with(BACKENDS, ["DPM++ 2M SDE Karras", "Heun", "PNDM", "DPM++ SDE"], ["DPM++ SDE"]),
+    indirect=["backend"],
+    scope="module",
+)
 def test_in_every_mode(model, other, backend, scheduler, mode):
     inputs = every_mode(WIDTHS[backend])[mode]
     _goes_on(model, other, dataclasses.replace(inputs, scheduler=find_scheduler(scheduler), steps=6))

@@ -16,7 +16,7 @@ from imagemesh_services.diffusion.schedulers import find_scheduler
 from tests.support.backends import load_first
 
 # Width of the prompts' embeddings that each backend's model wants.
-WIDTHS = {"torch": 32, "fake": 4}
+WIDTHS = {"torch": 32, "onnxruntime": 32, "openvino": 32, "fake": 4}
 STEPS = 6
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import alone, batching, declared, hops
+from tests.bench import alone, backends, batching, declared, hops
 from tests.bench.harness import HEADER, Figure, interleave, interleave_costs, ratios
 from tests.support.sizes import ROOT
 
@@ -78,6 +78,18 @@ def test_a_lone_request_is_measured_against_diffusers_whole_and_step_by_step(mod
     figures = alone.measure(models, "tiny-sd", 64, rounds=1)
     assert [figure.samples for figure in figures] == [1, 1, alone.STEPS - 1, alone.STEPS - 1]
     assert all(figure.median > 0 for figure in figures)
+
+
+def test_every_backend_is_measured_against_torch_module_by_module(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny-sd").symlink_to(models / "tiny-sd")
+    figures = backends.measure(tmp_path / "models", "tiny-sd", 64, 2)
+    assert [figure.name for figure in figures] == [
+        f"{work}: {what}"
+        for work in backends.WORK.values()
+        for what in ("torch", "onnxruntime over torch", "openvino over torch")
+    ]
+    assert all(figure.samples == 2 and figure.median > 0 for figure in figures)
 
 
 def test_the_engines_wait_is_measured_against_whole_requests() -> None:

@@ -23,7 +23,7 @@ from tests.support.echo import status_of
 from tests.support.services import serving
 
 SESSIONS = 2
-NAMES = {"torch": "tiny-controlnet", "fake": "fake"}
+NAMES = {"torch": "tiny-controlnet", "onnxruntime": "tiny-controlnet", "openvino": "tiny-controlnet", "fake": "fake"}
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 EMBEDDINGS = np.random.default_rng(1).normal(size=(2, 5, 32)).astype(np.float32)
 SAMPLE = np.random.default_rng(2).normal(size=(2, 4, 8, 8)).astype(np.float32)

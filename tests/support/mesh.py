@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,19 @@ FREE_PORTS = {"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0"}
 
 @contextmanager
 def running_mesh(
-    gateway: dict[str, str] | None = None, without: Collection[str] = (), **settings: str
+    gateway: dict[str, str] | None = None,
+    without: Collection[str] = (),
+    each: Mapping[str, Mapping[str, str]] | None = None,
+    **settings: str,
 ) -> Iterator[MeshHost]:
-    """A ready mesh of all services but ``without``; ``settings`` are fields of every service's configuration."""
+    """A ready mesh of all services but ``without``.
+
+    ``settings`` are fields of every service's configuration, ``each`` those of some by the services' names.
+    """
     shared = {"metrics_listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0"}
-    rooms = [room for name, room in SERVICES.items() if name not in without]
-    services = [configure(room.config(), {**shared, **settings}) for room in rooms]
+    rooms = {name: room for name, room in SERVICES.items() if name not in without}
+    own = each or {}
+    services = [configure(room.config(), {**shared, **settings, **own.get(name, {})}) for name, room in rooms.items()]
     host = MeshHost(services, configure(GatewayConfig, {**shared, **FREE_PORTS, **(gateway or {})}))
     with event_loop() as loop:
         loop.run(host.__aenter__())

@@ -74,6 +74,9 @@ class ControlModel(Protocol):
             InvalidArgument: the embeddings or the weights don't fit the model.
         """
 
+    def trial(self, image: Array) -> tuple[ControlInputs, Array]:
+        """Inputs of two rows with that picture, and their sample, of any content, to measure with."""
+
     def plus(self, one: Array, other: Array) -> Array:
         """Two residuals' sum, to the bit what the model's library makes of it; called on the lane.
 
@@ -112,5 +115,7 @@ def whole(run: ControlRun, sample: Array, timestep: float) -> Part:
 _ROOM = "imagemesh_services.controlnet.backends"
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "torch": BackendEntry(f"{_ROOM}.torch:TorchControlNet", library="torch"),
+    "onnxruntime": BackendEntry(f"{_ROOM}.onnxruntime:OnnxControlNet", library="onnxruntime", beside=("torch", "onnx")),
+    "openvino": BackendEntry(f"{_ROOM}.openvino:OpenVinoControlNet", library="openvino", beside=("torch",)),
     "fake": BackendEntry(f"{_ROOM}.fake:FakeControlNet", explicit=True),
 }

@@ -1,11 +1,14 @@
 """Puts the room together: config -> backend -> server."""
 
+from dataclasses import replace
+
 from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import preprocess_service_pb2_grpc as preprocess_rpc
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels, choose_backend
 from imagemesh_runtime.service import ModelServer
+from imagemesh_services.automatic import open_backend
 from imagemesh_services.controlnet.backend import BACKENDS, Loaded
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors import backend as preprocessors
@@ -16,7 +19,7 @@ from imagemesh_services.controlnet.servicer import ControlNetServicer
 def create(config: ControlNetConfig, lane: Lane) -> ModelServer[Loaded]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    models: LoadedModels[Loaded] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    models: LoadedModels[Loaded] = LoadedModels(open_backend(BACKENDS, config), lane, metrics)
     server = ModelServer(config, metrics, models)
     servicer = ControlNetServicer(config, models, metrics)
     server.add(rpc.add_ControlNetServiceServicer_to_server, servicer, "imagemesh.v1.ControlNetService", parcels=True)
@@ -25,7 +28,10 @@ def create(config: ControlNetConfig, lane: Lane) -> ModelServer[Loaded]:
 
 
 def _add_preprocessors(server: ModelServer[Loaded], config: ControlNetConfig, lane: Lane, metrics: Metrics) -> None:
-    backend = choose_backend(preprocessors.BACKENDS, config.backend)(config)
+    known = config.backend if config.backend in preprocessors.BACKENDS else "torch"
+    if known != config.backend and config.backend != "auto":
+        config = replace(config, device="auto")  # another engine's device may be none of torch's
+    backend = choose_backend(preprocessors.BACKENDS, known)(config)
     models: LoadedModels[preprocessors.Annotator] = LoadedModels(backend, lane, metrics)
     servicer = PreprocessServicer(config, models, metrics)
     name = "imagemesh.v1.PreprocessService"

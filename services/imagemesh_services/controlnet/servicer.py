@@ -88,7 +88,7 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             raise InvalidArgument("model", request.model, "a T2I-Adapter: ControlNets are asked by Control")
         with self._metrics.stage.time("adapt"):
             found = await self._models.lane.run(model.features, image)
-        return pb.AdaptPictureResponse(features=map(to_proto, found), backend=self._models.backend.name)
+        return pb.AdaptPictureResponse(features=map(to_proto, found), backend=self._backend(request.model))
 
     async def _start(self, session: Session | None, request: Request) -> Session:
         said = request.message.WhichOneof("message")
@@ -147,8 +147,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
                 if part.mid is not None:
                     self._metrics.batch_size.observe(len(sample))
                 if start.by_block or part.mid is not None:
-                    rounds = start.residuals
-                    yield await asyncio.to_thread(self._response, held, rounds) if rounds else self._response(held)
+                    told = (held, self._backend(*(unit.model for unit in start.units)), start.residuals)
+                    yield await asyncio.to_thread(self._response, *told) if told[-1] else self._response(*told)
                     held = []
 
     async def _parts(self, produce: Callable[[Emit], None]) -> AsyncGenerator[Part, None]:
@@ -178,8 +178,8 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             await self._models.lane.run(produce, emit)
         self._metrics.queue_wait.observe(current_call().queue_seconds - waited)
 
-    def _response(self, parts: list[Part], rounding: str = "") -> Response:
-        answer, message = Response(), pb.ControlResponse(backend=self._models.backend.name)
+    def _response(self, parts: list[Part], backend: str, rounding: str = "") -> Response:
+        answer, message = Response(), pb.ControlResponse(backend=backend)
         for residual in (one for part in parts for one in part.down):
             values, scales = rounded(residual, rounding) if rounding else (residual, None)
             message.down_residuals.append(answer.add(values))
@@ -191,6 +191,10 @@ class ControlNetServicer(rpc.ControlNetServiceServicer):
             if scales is not None:
                 message.mid_scales.CopyFrom(answer.add(scales))
         return answer.seal(message)
+
+    def _backend(self, *models: str) -> str:
+        """What runs them."""
+        return ", ".join(dict.fromkeys(self._models.engine_of(name).name for name in models))
 
 
 def _check_picture(image: Array, field: str) -> None:

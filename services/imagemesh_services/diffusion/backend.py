@@ -257,5 +257,7 @@ class DiffusionModel(Protocol):
 _ROOM = "imagemesh_services.diffusion.backends"
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "torch": BackendEntry(f"{_ROOM}.torch:TorchDiffusion", library="torch"),
+    "onnxruntime": BackendEntry(f"{_ROOM}.onnxruntime:OnnxDiffusion", library="onnxruntime", beside=("torch", "onnx")),
+    "openvino": BackendEntry(f"{_ROOM}.openvino:OpenVinoDiffusion", library="openvino", beside=("torch",)),
     "fake": BackendEntry(f"{_ROOM}.fake:FakeDiffusion", explicit=True),
 }

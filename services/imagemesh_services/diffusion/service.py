@@ -4,9 +4,10 @@ from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.service import ModelServer
 from imagemesh_runtime.tls import peer_files
+from imagemesh_services.automatic import open_backend
 from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.controlnets import ControlNets
@@ -16,7 +17,7 @@ from imagemesh_services.diffusion.servicer import DiffusionServicer
 def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    models: LoadedModels[DiffusionModel] = LoadedModels(choose_backend(BACKENDS, config.backend)(config), lane, metrics)
+    models: LoadedModels[DiffusionModel] = LoadedModels(open_backend(BACKENDS, config), lane, metrics)
     server = ModelServer(config, metrics, models)
     controlnets = None
     if config.controlnet:

@@ -83,6 +83,7 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
                     async for event in events:
                         response = self._response(event, inputs.steps_to_do, fingerprint)
                         if response.HasField("result"):
+                            response.result.backend = self._models.engine_of(request.model).name
                             response.result.lossy.update(lossy(request.control_savings))
                         yield response
         except (asyncio.CancelledError, GeneratorExit):
@@ -135,7 +136,6 @@ class DiffusionServicer(rpc.DiffusionServiceServicer):
             outputs=map_to_proto({"latents": event.latents}),
             scheduler=event.scheduler,
             evaluations=event.evaluations,
-            backend=self._models.backend.name,
             control_backends=event.control_backends,
         )
         return pb.SampleResponse(result=result)

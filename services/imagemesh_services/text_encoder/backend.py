@@ -81,5 +81,9 @@ class PromptModel(Protocol):
 _ROOM = "imagemesh_services.text_encoder.backends"
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "torch": BackendEntry(f"{_ROOM}.torch:TorchTextEncoder", library="torch"),
+    "onnxruntime": BackendEntry(
+        f"{_ROOM}.onnxruntime:OnnxTextEncoder", library="onnxruntime", beside=("torch", "onnx")
+    ),
+    "openvino": BackendEntry(f"{_ROOM}.openvino:OpenVinoTextEncoder", library="openvino", beside=("torch",)),
     "fake": BackendEntry(f"{_ROOM}.fake:FakeTextEncoder", explicit=True),
 }

@@ -5,8 +5,9 @@ from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer, add_inference
 from imagemesh_runtime.oip_stages import local_name, text_models
-from imagemesh_runtime.registry import LoadedModels, choose_backend
+from imagemesh_runtime.registry import LoadedModels
 from imagemesh_runtime.service import ModelServer
+from imagemesh_services.automatic import open_backend
 from imagemesh_services.text_encoder.backend import BACKENDS, PromptModel, TextModel
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.servicer import TextEncoderServicer
@@ -15,7 +16,7 @@ from imagemesh_services.text_encoder.servicer import TextEncoderServicer
 def create(config: TextEncoderConfig, lane: Lane) -> ModelServer[TextModel | PromptModel]:
     """The service, not yet started."""
     metrics = Metrics(config.SERVICE)
-    backend = choose_backend(BACKENDS, config.backend)(config)
+    backend = open_backend(BACKENDS, config)
     models: LoadedModels[TextModel | PromptModel] = LoadedModels(backend, lane, metrics)
     servicer = TextEncoderServicer(config, models, metrics)
     server = ModelServer(config, metrics, models)

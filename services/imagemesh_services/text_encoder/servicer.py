@@ -57,7 +57,7 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
         return pb.EncodeTextResponse(
             conditioning=map_to_proto(conditioning),
             prompt_tokens=max(found[want].tokens for want in wants[0]),
-            backend=self._models.backend.name,
+            backend=self._models.engine_of(request.model).name,
             scheduled=any(prompt.scheduled for prompt in prompts),
         )
 
@@ -66,9 +66,8 @@ class TextEncoderServicer(rpc.TextEncoderServiceServicer):
         conditioning, tokens = await encode_whole(
             self.batcher, request.model, model, _texts(request), request.clip_skip
         )
-        return pb.EncodeTextResponse(
-            conditioning=map_to_proto(conditioning), prompt_tokens=tokens, backend=self._models.backend.name
-        )
+        backend = self._models.engine_of(request.model).name
+        return pb.EncodeTextResponse(conditioning=map_to_proto(conditioning), prompt_tokens=tokens, backend=backend)
 
 
 def _read(request: pb.EncodeTextRequest, *, as_is: bool) -> list[Prompt]:

@@ -41,5 +41,7 @@ class VaeModel(Protocol):
 _ROOM = "imagemesh_services.vae.backends"
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "torch": BackendEntry(f"{_ROOM}.torch:TorchVae", library="torch"),
+    "onnxruntime": BackendEntry(f"{_ROOM}.onnxruntime:OnnxVae", library="onnxruntime", beside=("torch", "onnx")),
+    "openvino": BackendEntry(f"{_ROOM}.openvino:OpenVinoVae", library="openvino", beside=("torch",)),
     "fake": BackendEntry(f"{_ROOM}.fake:FakeVae", explicit=True),
 }

@@ -47,7 +47,8 @@ class VaeServicer(rpc.VaeServiceServicer):
         check_pixels("latents", latents.shape[0], width, height)
         images = np.concatenate(await self._submit("decode", request.model, latents, request.memory))
         answer = Parcel[pb.DecodeLatentsResponse]()
-        return answer.seal(pb.DecodeLatentsResponse(images=answer.add(images), backend=self._models.backend.name))
+        backend = self._models.engine_of(request.model).name
+        return answer.seal(pb.DecodeLatentsResponse(images=answer.add(images), backend=backend))
 
     @takes_parcels
     async def EncodeImages(  # type: ignore[override]
@@ -70,7 +71,7 @@ class VaeServicer(rpc.VaeServiceServicer):
             log_variance=to_proto(log_variance),
             scaling_factor=model.scaling_factor,
             shift_factor=model.shift_factor,
-            backend=self._models.backend.name,
+            backend=self._models.engine_of(request.model).name,
         )
 
     async def decode(self, model: str, latents: Array) -> Array:

@@ -38,6 +38,10 @@ class FakeControlModel:
     def start(self, inputs: ControlInputs) -> FakeControlRun:
         return FakeControlRun(inputs)
 
+    def trial(self, image: Array) -> tuple[ControlInputs, Array]:
+        rows = np.zeros((2, 4, image.shape[0] // 8, image.shape[1] // 8), np.float32)
+        return ControlInputs(image, np.zeros((2, 1, 4), np.float32), 1.0), rows
+
     def plus(self, one: Array, other: Array) -> Array:
         result: Array = one + other
         return result

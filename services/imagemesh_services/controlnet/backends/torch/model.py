@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 
@@ -17,6 +18,8 @@ from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, plus, set_threads, to_torch
 
+_TOKENS: Final = 77  # of a prompt of ordinary length
+_NUMBERS: Final = 6  # of Stable Diffusion XL's micro-conditioning
 _USUAL_TYPES: Final = 6  # diffusers' own, where a config.json leaves it out
 # The classes of the folders that are loaded.
 CLASSES: Final[Mapping[str, Any]] = {one.__name__: one for one in (ControlNetModel, ControlNetUnionModel, T2IAdapter)}
@@ -87,6 +90,9 @@ def _scales(model: "TorchControlModel", inputs: ControlInputs) -> list[Any]:
 class TorchControlModel:
     """A ControlNet, apart from the part of it that embeds pictures."""
 
+    # What ``start`` answers.
+    run: type[TorchControlRun] = TorchControlRun
+
     def __init__(self, model: Any) -> None:
         self.net = model
         self._embed = model.controlnet_cond_embedding
@@ -117,7 +123,20 @@ class TorchControlModel:
             got = f"width {inputs.embeddings.shape[-1]}"
             raise InvalidArgument("start.encoder_hidden_states", got, f"of width {width}")
         self._check_added(inputs)
-        return TorchControlRun(self, inputs)
+        return self.run(self, inputs)
+
+    def trial(self, image: Array) -> tuple[ControlInputs, Array]:
+        config, count = self.net.config, 2
+        embeddings = np.zeros((count, _TOKENS, config.cross_attention_dim), np.float32)
+        added = {}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - _NUMBERS * config.addition_time_embed_dim
+            widths = {"text_embeds": pooled, "time_ids": _NUMBERS}
+            added = {name: np.zeros((count, width), np.float32) for name, width in widths.items()}
+        factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+        sample = np.zeros((count, config.in_channels, *(side // factor for side in image.shape[:2])), np.float32)
+        kind = 0 if self.control_types else None
+        return ControlInputs(image, embeddings, 1.0, added, control_type=kind), sample
 
     def plus(self, one: Array, other: Array) -> Array:
         """See ``ControlModel``; numpy's sum of half floats takes several times as long."""

@@ -6,6 +6,7 @@ encoder's pooled output isn't concerned, so those are run.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -47,6 +48,8 @@ class TorchDiffusionModel:
 
     rounds_up = False
     plus = staticmethod(plus)
+    # How residuals come into the model.
+    injection: type[Injection] = Injection
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class TorchDiffusionModel:
         predicted = []
         with run.guidance.changed(), self._adapters.at_work(part.adapted):
             for i, rows in enumerate(pictures):
-                control = Injection(self._unet, [part], [residuals], rows.start)
+                control = self.injection(self._unet, [part], [residuals], rows.start)
                 given = (part.sample[rows], part.timestep, (part.prompts[rows], None), control)
                 with run.guidance.drawing(i) if run.guidance.draws else nullcontext():
                     predicted.append(self._forward(*given, {name: one[rows] for name, one in part.added.items()}))
@@ -181,7 +184,7 @@ class TorchDiffusionModel:
                     torch.cat([part.sample for part in parts]),
                     merge_timesteps(parts),
                     merge_prompts(parts),
-                    Injection(self._unet, parts, [residuals[i] for i, _ in begun]),
+                    self.injection(self._unet, parts, [residuals[i] for i, _ in begun]),
                     {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
                 )
         except Late as late:
@@ -202,6 +205,8 @@ class TorchDiffusion:
     """Runs the ``unet`` or the ``transformer`` of pipeline folders."""
 
     name = "torch"
+    # What is made of UNets.
+    model: type[TorchDiffusionModel] = TorchDiffusionModel
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.repository = open_repository(config)
@@ -219,13 +224,21 @@ class TorchDiffusion:
         part, cls = "unet", UNet2DConditionModel
         if folder.has("transformer"):
             part, cls = "transformer", flow_model.transformer_class(folder)
-        module = load_module(cls, folder.path / part, self._dtype, self._device)
+        module = self._module(cls, folder.path / part)
         scheduler = _scheduler_class(folder).from_pretrained(folder.path / "scheduler")
-        marks = (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
-        fingerprint = fingerprint_of([folder.path / part, folder.path / "scheduler"], *map(str, marks))
+        marks = map(str, self._marks())
+        fingerprint = fingerprint_of([folder.path / part, folder.path / "scheduler"], *marks)
         vae = folder.read("vae", "config.json")
         given = (name, module, scheduler, vae, self._max_rows, fingerprint)
-        return TorchDiffusionModel(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
+        return self.model(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
+
+    def _marks(self) -> tuple[object, ...]:
+        """What a run's bits depend on besides the weights."""
+        return (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
+
+    def _module(self, cls: Any, path: Path) -> Any:
+        """The module of that class in a folder of its own."""
+        return load_module(cls, path, self._dtype, self._device)
 
 
 def _scheduler_class(folder: ModelFolder) -> Any:

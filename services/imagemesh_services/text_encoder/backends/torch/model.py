@@ -1,7 +1,8 @@
 """CLIP text encoders in torch, as Stable Diffusion's pipelines run them."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -62,6 +63,10 @@ class Clip:
         self._turn = Lock()  # a call sets options of the tokenizer, which another thread's call may be using
         self._model = model
         self._words = Words(tokenizer, model, words)
+
+    def hand_over(self, stand_in: Callable[[Any], Any]) -> None:
+        """Let what ``stand_in`` makes of the model run in its place."""
+        self._model = stand_in(self._model)
 
     def tokenize(self, sections: Sequence[Section]) -> Tokens:
         """Every piece tokenized by itself."""
@@ -177,8 +182,7 @@ class TorchTextEncoder:
         if (family := blocks.family_of(folder)) is not None:
             return blocks.load(folder, family, self._dtype, self._device)
         parts = [folder.path / part for part in PARTS if folder.has(part)]
-        marks = (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
-        fingerprint = fingerprint_of([*parts, *places(folder)], *map(str, marks))
+        fingerprint = fingerprint_of([*parts, *places(folder)], *map(str, self._marks()))
         encoders = _encoders(folder)
         tokenizers = [CLIPTokenizer.from_pretrained(folder.path / _tokenizer(part)) for part in encoders]
         words = _without_taken(folder, find_inversions(folder, _widths(folder)), tokenizers)
@@ -187,12 +191,20 @@ class TorchTextEncoder:
         for i, (part, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
             module = load_module(CLASSES[part], folder.path / part, self._dtype, self._device)
             clips.append(Clip(tokenizer, module, {word: held[keys[i]] for word, (held, keys) in tensors.items()}))
+            self._prepare(clips[-1], part, [folder.path / part, *(found.path for found in words.usable.values())])
         if not folder.has("text_encoder_2"):
             return TorchTextModel(clips[0], fingerprint, words.unusable)
         if len({clip.window for clip in clips}) > 1:
             raise FailedPrecondition(f"model {folder.name}: its tokenizers have windows of different length")
         zeroes = bool(folder.config.get("force_zeros_for_empty_prompt", True))
         return TorchTextPair(clips, fingerprint, words.unusable, zeroes_empty_negative=zeroes)
+
+    def _marks(self) -> tuple[object, ...]:
+        """What embeddings depend on besides the weights."""
+        return (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
+
+    def _prepare(self, clip: Clip, part: str, sources: Sequence[Path]) -> None:
+        """Called with every model that was loaded, and with what of the disk it was made of."""
 
 
 def _encoders(folder: ModelFolder) -> list[str]:

@@ -1,17 +1,18 @@
 """Folders with an ONNX graph, as Optimum and ``imagemesh export`` write them."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 
-from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
+from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, cards_of
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.graphs.engine import thread_count
+from imagemesh_services.graphs.onnx_engine import open_session
+from imagemesh_services.graphs.providers import pick_provider
 from imagemesh_services.repository import open_repository
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.graph import GraphVitModel, graph_card, in_batches
@@ -21,7 +22,6 @@ from imagemesh_services.vit.weights import find_weights
 log = logging.getLogger(__name__)
 
 FORMATS: Final = ("onnx",)
-_PROVIDERS: Final = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the best first
 
 
 class OnnxVit:
@@ -31,8 +31,8 @@ class OnnxVit:
 
     def __init__(self, config: VitConfig) -> None:
         self.repository = open_repository(config)
-        self.device = _pick(config.device)
-        self._threads = config.threads or len(os.sched_getaffinity(0))
+        self.device = pick_provider(config.device)
+        self._threads = thread_count(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), lambda folder: graph_card(folder, FORMATS))
@@ -55,11 +55,7 @@ class OnnxGraph:
     """A session; see ``vit.graph.Graph``."""
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # Threads that spin between two forwards would take the cores from everybody else's.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(path, options, providers=[_PROVIDERS[device]])
+        self._session = open_session(path, device, threads)
         given = self._session.get_inputs()[0]
         self._input, self._half = given.name, given.type == "tensor(float16)"
         self._rows = given.shape[0] if isinstance(given.shape[0], int) else 0  # 0: any number
@@ -72,17 +68,3 @@ class OnnxGraph:
     def _run(self, pixels: Array) -> dict[str, Any]:
         found = self._session.run(None, {self._input: pixels})
         return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, found, strict=True)}
-
-
-def _pick(choice: str) -> str:
-    """The device that ``choice`` names; "auto" prefers an accelerator.
-
-    Raises:
-        InvalidArgument: this ONNX Runtime can't use it.
-    """
-    here = [name for name, provider in _PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
-    if choice == "auto":
-        return here[0]
-    if choice not in here:
-        raise InvalidArgument("device", choice, f"auto or one of {', '.join(here)}")
-    return choice

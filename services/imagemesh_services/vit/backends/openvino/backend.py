@@ -1,17 +1,17 @@
 """Folders with a graph of OpenVINO's own or an ONNX one, as Optimum and ``imagemesh export`` write them."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-import openvino
 
-from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
+from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, cards_of
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.graphs.engine import thread_count
+from imagemesh_services.graphs.openvino_engine import compiled, new_core, pick_device
 from imagemesh_services.repository import open_repository
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.graph import GraphVitModel, graph_card, in_batches, known_name
@@ -30,9 +30,9 @@ class OpenVinoVit:
 
     def __init__(self, config: VitConfig) -> None:
         self.repository = open_repository(config)
-        self._core = openvino.Core()
-        self.device = _pick(config.device, self._core.available_devices)
-        self._threads = config.threads or len(os.sched_getaffinity(0))
+        self._core = new_core()
+        self.device = pick_device(config.device, self._core.available_devices)
+        self._threads = thread_count(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), lambda folder: graph_card(folder, FORMATS))
@@ -54,12 +54,8 @@ class OpenVinoVit:
 class OpenVinoGraph:
     """A compiled model; see ``vit.graph.Graph``."""
 
-    def __init__(self, core: openvino.Core, path: Path, device: str, threads: int) -> None:
-        # On some processors OpenVINO would compute in half precision unless told; a model is served as it was made.
-        settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if device == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = core.compile_model(core.read_model(path), device, settings)
+    def __init__(self, core: Any, path: Path, device: str, threads: int) -> None:
+        self._compiled = compiled(core, path, device, threads)
         count = self._compiled.inputs[0].get_partial_shape()[0]
         self._rows = count.get_length() if count.is_static else 0  # 0: any number
         self.outputs = [known_name(output.get_names()) for output in self._compiled.outputs]
@@ -71,15 +67,3 @@ class OpenVinoGraph:
         found = self._compiled([pixels])
         # Its arrays are views into the request's memory, which the next call writes anew.
         return {name: np.array(found[i], np.float32) for i, name in enumerate(self.outputs)}
-
-
-def _pick(choice: str, here: list[str]) -> str:
-    """The device that ``choice`` names, "auto": the CPU.
-
-    Raises:
-        InvalidArgument: OpenVINO has no such device here.
-    """
-    device = "CPU" if choice == "auto" else choice.upper()
-    if device not in here:
-        raise InvalidArgument("device", choice, f"auto or one of {', '.join(one.lower() for one in here)}")
-    return device

@@ -1,6 +1,5 @@
 """A classifier as an ONNX graph that also gives what ``embed`` needs."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from imagemesh_runtime.errors import FailedPrecondition
+from imagemesh_services.graphs.export import Traced, write_onnx
 from imagemesh_services.vit.backends.torch.model import TorchVitModel
 from imagemesh_services.vit.graph import LAST, LOGITS, POOLED, STATE
 
-_OPSET: Final = 17  # has layer normalisation as one operator; every runtime of the last years knows it
 INPUT: Final = "pixel_values"
 
 
@@ -51,29 +49,14 @@ class _Everything(nn.Module):
 def export_onnx(model: TorchVitModel, path: Path) -> None:
     """Write the graph, for any number of pictures of the trained size.
 
-    It is traced: the newer exporter gives the same operators and takes thirty times as long.
-
     Raises:
         FailedPrecondition: the model has an operator that ONNX has not.
     """
     whole = _Everything(model).eval()
     pixels = torch.zeros(2, *model.trained)
-    with model.attention_shown(True), _fixed_positions(whole, pixels), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what tracing makes a constant is fixed here: the size
-        try:
-            torch.onnx.export(
-                whole,
-                (pixels,),
-                path,
-                input_names=[INPUT],
-                output_names=whole.names,
-                dynamic_axes={name: {0: "batch"} for name in (INPUT, *whole.names)},
-                opset_version=_OPSET,
-                dynamo=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            what = type(model.module).__name__
-            raise FailedPrecondition(f"{what} can't be an ONNX graph: {str(error).splitlines()[0]}") from error
+    free = {name: {0: "batch"} for name in (INPUT, *whole.names)}
+    with model.attention_shown(True), _fixed_positions(whole, pixels):
+        write_onnx(Traced(whole, {INPUT: pixels}, whole.names, free, type(model.module).__name__), path)
 
 
 @contextmanager

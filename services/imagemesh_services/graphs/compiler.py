@@ -1,0 +1,88 @@
+"""From a model's module to a graph that an engine runs, and a stand-in for the module where the library wants one."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from imagemesh_runtime.config import ModelServerConfig
+from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_services.graphs.cache import GraphCache, graphs_folder, hash_of
+from imagemesh_services.graphs.engine import Engine, Graph
+from imagemesh_services.graphs.export import OPSET, Traced, write_onnx
+from imagemesh_services.torch_support import to_numpy
+
+log = logging.getLogger(__name__)
+
+
+class Compiler:
+    """Makes graphs, or finds those that were made, and opens them with one engine."""
+
+    def __init__(self, engine: Engine, cache: GraphCache) -> None:
+        self.engine = engine
+        self._cache = cache
+
+    def compile(self, what: str, sources: Sequence[Path], trace: Callable[[], Traced]) -> Graph:
+        """The graph of a module.
+
+        Args:
+            what: the module's part, such as "vae decoder": graphs of the same sources differ by it.
+            sources: folders and files that the module is loaded from.
+            trace: called only if there is no graph yet.
+
+        Raises:
+            FailedPrecondition: it can't be a graph, or be kept, or be run by the engine.
+        """
+        versions = (torch.__version__, diffusers.__version__, transformers.__version__)
+        key = hash_of(sources, what, str(OPSET), *versions)
+
+        def write(path: Path) -> None:
+            started = perf_counter()
+            write_onnx(trace(), path)
+            log.info("made a graph of the %s in %.1f s", what, perf_counter() - started)
+
+        return self.engine.open(self._cache.find_or_make(key, write))
+
+
+def open_compiler(backend: str, engine: type[Engine], config: ModelServerConfig) -> Compiler:
+    """A compiler for the backend that is called so, on the device and with the cache that are configured.
+
+    Raises:
+        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
+    """
+    if config.dtype != "float32":
+        raise InvalidArgument("dtype", config.dtype, f"float32 for backend {backend}")
+    return Compiler(engine(config.device, config.threads), GraphCache(graphs_folder(config.graphs)))
+
+
+def run(graph: Graph, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The graph's outputs, of and as torch's tensors on the CPU."""
+    return [torch.from_numpy(one) for one in graph({name: to_numpy(tensor) for name, tensor in inputs.items()})]
+
+
+class Standin(torch.nn.Module):
+    """In a module's place: it has the module's configuration, and lies on the CPU in float32 as that did.
+
+    Subclasses run the graph in ``forward``.
+    """
+
+    def __init__(self, config: Any, graph: Graph) -> None:
+        super().__init__()
+        self.config, self.graph = config, graph
+        # What the library asks for a device and an element type where it has no weights to ask.
+        self.register_buffer("_place", torch.zeros(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes and gives tensors."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors."""
+        return torch.float32

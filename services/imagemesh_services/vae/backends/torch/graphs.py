@@ -1,0 +1,60 @@
+"""AutoencoderKL, its encoder and decoder run by another engine; the library does the rest: scales, tiles, slices."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+
+from imagemesh_runtime.registry import ModelCard
+from imagemesh_services.graphs.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.engine import Engine
+from imagemesh_services.graphs.export import Traced
+from imagemesh_services.torch_support import load_module
+from imagemesh_services.vae.backends.torch.model import TorchVae, TorchVaeModel
+from imagemesh_services.vae.config import VaeConfig
+
+
+class GraphVae(TorchVae):
+    """Runs the ``vae`` of pipeline folders where that is an AutoencoderKL.
+
+    Raises:
+        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
+    """
+
+    engine: ClassVar[type[Engine]]
+
+    def __init__(self, config: VaeConfig) -> None:
+        self._compiler = open_compiler(self.name, self.engine, config)
+        super().__init__(dataclasses.replace(config, device="cpu"))
+        self.device = self._compiler.engine.device
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        cards = super().cards()
+        return {name: card for name, card in cards.items() if card.properties["class"] == AutoencoderKL.__name__}
+
+    def load(self, name: str) -> TorchVaeModel:
+        path = self.repository.folders()[name].path / "vae"
+        vae = load_module(AutoencoderKL, path, torch.float32, torch.device("cpu"))
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        # Sides of 2 latents and of 3, and 2 rows: whatever tracing would make of 1.
+        latents = torch.zeros(2, vae.config.latent_channels, 2, 3)
+        pixels = torch.zeros(2, vae.config.in_channels, 2 * scale, 3 * scale)
+        for part, example in (("encoder", pixels), ("decoder", latents)):
+            setattr(vae, part, self._graph(path, part, getattr(vae, part), example))
+        return TorchVaeModel(name, vae)
+
+    def _graph(self, path: Path, part: str, module: Any, example: torch.Tensor) -> Standin:
+        free = {"input": {0: "rows", 2: "height", 3: "width"}, "output": {0: "rows", 2: "out_height", 3: "out_width"}}
+        traced = Traced(module, {"input": example}, ["output"], free, type(module).__name__)
+        return _Part(None, self._compiler.compile(f"vae {part}", [path], lambda: traced))
+
+
+class _Part(Standin):
+    """An encoder or decoder."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Latents or pixels, [n, channels, h, w] each."""
+        return run(self.graph, {"input": values})[0]
