@@ -97,7 +97,8 @@ def test_without_root_and_sudo_it_says_what_is_missing(bare: Machine) -> None:
     bare.user(1000)
     done = bare.run()
     assert done.returncode == 1
-    assert "run it as root or install sudo; it would install python3 python3-venv git make npm curl openssl" in done.stderr
+    wanted = "python3 python3-venv git make npm curl openssl"
+    assert f"run it as root or install sudo; it would install {wanted}" in done.stderr
     assert bare.log() == []
 
 
