@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from imagemesh_cli.finetune_parser import add_finetune
@@ -93,10 +94,7 @@ def build_parser() -> ArgumentParser:
     for name, (about, add) in SEARCH_COMMANDS.items():
         add(parser_of := command(name, f"search_commands:{name}", about))
         _client(parser_of)
-    add_export(command("export", "shrink_commands:export", "write a classifier as an ONNX or OpenVINO graph"))
-    add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
-    add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))
-    add_finetune(command("finetune", "finetune_command:finetune", "teach a classifier labels of your own"))
+    _make_models(command)
     _jobs(commands.add_parser("jobs", help="generations that the gateway keeps", description=_JOBS_HELP))
     add_keys(commands.add_parser("keys", help="make, list and revoke API keys", description=KEYS_HELP))
     _client(command("models", "client_commands:models", "list what the mesh can run"))
@@ -106,6 +104,13 @@ def build_parser() -> ArgumentParser:
     _client(command("guiders", "client_commands:guiders", "list the ways of guidance; --json tells their options"))
     _client(command("preprocessors", "preprocess_commands:preprocessors", "list the preprocessors for ControlNets"))
     return parser
+
+
+def _make_models(command: Callable[[str, str, str], ArgumentParser]) -> None:
+    add_export(command("export", "shrink_commands:export", "write a classifier as an ONNX or OpenVINO graph"))
+    add_quantize(command("quantize", "shrink_commands:quantize", "write a classifier with weights of 8 or 4 bits"))
+    add_distill(command("distill", "shrink_commands:distill", "train a smaller classifier to answer as a bigger one"))
+    add_finetune(command("finetune", "finetune_command:finetune", "teach a classifier labels of your own"))
 
 
 def _loading(parser: ArgumentParser) -> None:
