@@ -93,7 +93,7 @@ def told(embeddings: np.ndarray, **added: np.ndarray) -> pb.ControlRequest:
     return request
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["torch", "fake"])
 async def service(request: pytest.FixtureRequest, models: Path) -> AsyncIterator[Service]:
     config = ControlNetConfig(
         listen="127.0.0.1:0", backend=request.param, models=str(models), device="cpu", threads=2, max_queue=SESSIONS,
@@ -111,6 +111,7 @@ def field_of(error: AioRpcError) -> str:
     return bad.field_violations[0].field
 
 
+@pytest.mark.parametrize("service", BACKENDS, indirect=True)
 async def test_every_step_is_answered_with_the_backends_residuals(service: Service):
     model = load_first(BACKENDS, service.backend, ControlNetConfig, service.models)
     run = model.start(ControlInputs(PICTURE, EMBEDDINGS, 1.0))

@@ -151,7 +151,9 @@ def modules_of(*packages: str) -> list[str]:
 
 LIGHT = ("imagemesh", "imagemesh_runtime", "imagemesh_models", "imagemesh_gateway", "imagemesh_client", "imagemesh_cli")
 ALL_OF_SERVICES = modules_of("imagemesh_services")
-WITH_TORCH = [name for name in ALL_OF_SERVICES if re.search(r"\.torch(_support)?(\.|$)", name)]
+# Engines that run graphs have torch do all around them; classifiers' graphs, which are made beforehand, need none.
+_TORCH = re.compile(r"\.torch(_support)?(\.|$)|\.(?!vit)\w+\.backends\.(onnxruntime|openvino)$")
+WITH_TORCH = [name for name in ALL_OF_SERVICES if _TORCH.search(name)]
 SERVICES = ("text_encoder", "diffusion", "vae", "controlnet", "vit")
 NONE_SET = {"found": [], "threads": 0, "loggers": 0}
 
@@ -166,7 +168,7 @@ def test_gateway_client_command_and_runtime_import_no_torch_and_no_service():
 
 def test_of_the_services_only_the_torch_backends_import_torch():
     modules = [name for name in ALL_OF_SERVICES if name not in WITH_TORCH]
-    assert {name.split(".")[1] for name in WITH_TORCH} == {*SERVICES, "torch_support"}
+    assert {name.split(".")[1] for name in WITH_TORCH} == {*SERVICES, "torch_support", "graphs"}
     assert HEAVY & set(probe(modules)["modules"]) == set()
 
 

@@ -17,10 +17,10 @@ from imagemesh_services.controlnet.backend import Emit, Part
 from imagemesh_services.controlnet.backends.torch.adapter import TorchAdapter
 from imagemesh_services.controlnet.backends.torch.model import TorchControlModel, TorchControlNet, TorchControlRun
 from imagemesh_services.controlnet.config import ControlNetConfig
-from imagemesh_services.graphs.compiler import Standin, open_compiler, run
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.export import Traced
-from imagemesh_services.graphs.unet_inputs import added_names, examples, free_axes
+from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.export import Traced
+from imagemesh_services.graphs.torch.unet_inputs import added_names, examples, free_axes
 from imagemesh_services.torch_support import load_module, to_numpy, to_torch
 
 _CLASSES = (ControlNetModel.__name__, T2IAdapter.__name__)

@@ -22,10 +22,10 @@ from imagemesh_services.diffusion.backends.torch.rows import Misfit, StepRows, m
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import GUIDERS
-from imagemesh_services.graphs.compiler import Standin, open_compiler, run
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.export import Traced
-from imagemesh_services.graphs.unet_inputs import MAP, added_names, examples, free_axes
+from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.export import Traced
+from imagemesh_services.graphs.torch.unet_inputs import MAP, added_names, examples, free_axes
 from imagemesh_services.torch_support import building, load_module
 
 MASK: Final = "encoder_attention_mask"

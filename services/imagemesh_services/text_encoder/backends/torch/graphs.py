@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from imagemesh_runtime.registry import ModelCard
-from imagemesh_services.graphs.compiler import Standin, open_compiler, run
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.export import Traced
+from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.text_encoder.backends.torch.model import Clip, TorchTextEncoder
 from imagemesh_services.text_encoder.config import TextEncoderConfig
 

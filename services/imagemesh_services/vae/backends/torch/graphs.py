@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from imagemesh_runtime.registry import ModelCard
-from imagemesh_services.graphs.compiler import Standin, open_compiler, run
 from imagemesh_services.graphs.engine import Engine
-from imagemesh_services.graphs.export import Traced
+from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.torch_support import load_module
 from imagemesh_services.vae.backends.torch.model import TorchVae, TorchVaeModel
 from imagemesh_services.vae.config import VaeConfig

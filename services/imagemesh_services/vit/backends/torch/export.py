@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from imagemesh_services.graphs.export import Traced, write_onnx
+from imagemesh_services.graphs.torch.export import Traced, write_onnx
 from imagemesh_services.vit.backends.torch.model import TorchVitModel
 from imagemesh_services.vit.graph import LAST, LOGITS, POOLED, STATE
 

@@ -14,7 +14,7 @@ from imagemesh_runtime.config import ModelServerConfig
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_services.graphs.cache import GraphCache, graphs_folder, hash_of
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.export import OPSET, Traced, write_onnx
+from imagemesh_services.graphs.torch.export import OPSET, Traced, write_onnx
 from imagemesh_services.torch_support import to_numpy
 
 log = logging.getLogger(__name__)

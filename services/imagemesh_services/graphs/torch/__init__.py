@@ -1,0 +1,1 @@
+"""From torch's modules to graphs."""
