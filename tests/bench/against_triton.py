@@ -142,7 +142,7 @@ def _compared(theirs: str, ours: str, name: str, rounds: int, last: int) -> dict
             runner.run(asker.prove())
             arms: dict[str, Callable[[], object]] = {
                 "Triton": triton_client.ask,
-                "imagemesh": lambda: runner.run(asker.ask()),
+                "imagemesh": lambda: runner.run(asker.hand_over()),
             }
             return interleave(arms, rounds)
         finally:

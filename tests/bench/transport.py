@@ -93,7 +93,7 @@ PATIENCE = 60.0
 
 
 class Asker:
-    """One way to be handed the set, in a session of its own; every array is there when ``ask`` returns."""
+    """One way to be handed the set, in a session of its own."""
 
     def __init__(self, address: str, way: str, arrays: list[Array]) -> None:
         self._answer, shares, self._path = WAYS[way]
@@ -107,7 +107,15 @@ class Asker:
         await self._session.__aenter__()
         await self._session.send(pb.ControlRequest(start=pb.ControlStart(units=[pb.ControlNetUnit(model=model)])))
 
-    async def ask(self) -> list[Array]:
+    async def hand_over(self) -> None:
+        """Every array is there when this returns.
+
+        It answers nothing: ``asyncio.Runner`` has its task shown as text, result and all, which of these takes longer
+        than all the rest.
+        """
+        await self._ask()
+
+    async def _ask(self) -> list[Array]:
         async with asyncio.timeout(PATIENCE):
             answers = [await self._session.ask(pb.ControlRequest(step=pb.ControlStep(timestep=self._answer)))]
             if self._answer == Owner.BLOCKS:
@@ -120,7 +128,7 @@ class Asker:
         Raises:
             RuntimeError: they did not.
         """
-        got, labels = await self.ask(), {"service": "bench", "path": self._path, "direction": "received"}
+        got, labels = await self._ask(), {"service": "bench", "path": self._path, "direction": "received"}
         if not all(map(np.array_equal, got, self._arrays)):
             raise RuntimeError(f"other arrays came by {self._path}")
         carried = self._metrics.registry.get_sample_value("imagemesh_transport_bytes_total", labels)
@@ -168,7 +176,9 @@ def _handed_over(address: str, listen: str, name: str, rounds: int, last: int) -
 
         for way in WAYS:
             runner.run(begin(way))
-        arms: dict[str, Callable[[], object]] = {way: lambda way=way: runner.run(askers[way].ask()) for way in WAYS}
+        arms: dict[str, Callable[[], object]] = {
+            way: lambda way=way: runner.run(askers[way].hand_over()) for way in WAYS
+        }
         seconds = interleave({**arms, "memcpy": memcpy}, rounds)
         for asker in askers.values():
             runner.run(asker.close())
