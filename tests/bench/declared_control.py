@@ -99,15 +99,32 @@ class DeclaredBackend:
 
 
 class Paced(ControlNetServicer):
-    """Each message is sent when the link would be done with it, and those before it."""
+    """Each message is sent when a link would be done with it: begun when it is there, and those before it are through.
+
+    The machine's own handing over of one message goes on beside the link's time for the next, as it would there.
+    """
 
     @takes_parcels
     async def Control(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # type: ignore[override]
-        free = 0.0
-        async for answer in super().Control(request_iterator, context):
-            free = max(free, time.perf_counter()) + answer.payload_bytes / LINK
-            await asyncio.sleep(free - time.perf_counter())
-            yield answer
+        answers: asyncio.Queue[tuple[float, Any] | None] = asyncio.Queue()
+
+        async def produce() -> None:
+            try:
+                async for answer in ControlNetServicer.Control(self, request_iterator, context):
+                    answers.put_nowait((time.perf_counter(), answer))
+            finally:
+                answers.put_nowait(None)
+
+        producing, free = asyncio.create_task(produce()), 0.0
+        try:
+            while (one := await answers.get()) is not None:
+                there, answer = one
+                free = max(free, there) + answer.payload_bytes / LINK
+                await asyncio.sleep(free - time.perf_counter())
+                yield answer
+            await producing
+        finally:
+            producing.cancel()
 
 
 async def serve(address: str, servicer: type[ControlNetServicer]) -> None:
