@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from kornia.contrib.edge_detection import EdgeDetectorBuilder
 from PIL import Image
+from safetensors.torch import load_file
 
 from imagemesh.v1 import image_pb2
 from imagemesh.v1 import preprocess_service_pb2 as pb
@@ -23,6 +25,7 @@ from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors import seen
 from imagemesh_services.controlnet.preprocessors.backend import BACKENDS, Annotator
+from imagemesh_services.controlnet.preprocessors.backends import torch as torch_backend
 from imagemesh_services.controlnet.preprocessors.backends.torch import TorchAnnotators
 from imagemesh_services.controlnet.preprocessors.table import PREPROCESSORS
 from imagemesh_services.controlnet.service import create
@@ -176,6 +179,16 @@ async def test_without_a_model_what_needs_one_is_not_found_and_the_rest_works(ba
     assert [list(info.models) for info in listed.preprocessors if info.needs_model] == [[]] * len(TASKS)
 
 
+@pytest.mark.parametrize(
+    "name", ["softedge_hed", "softedge_pidinet", "lineart_realistic", "lineart_anime", "M-LSD Lines"]
+)
+async def test_learned_ones_that_are_not_here_are_not_found_and_what_there_is_is_named(bare, name):
+    code, said = await refused(bare, request(name))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert f"preprocessor {name!r} not found" in said
+    assert all(one in said for one in ("softedge_dexined", "lineart", "mlsd"))
+
+
 async def test_a_model_may_be_named(annotators):
     async with running(annotators, "torch") as stub:
         first, other = [await stub.Preprocess(request("depth", model=name)) for name in ("", "tiny-metric")]
@@ -244,6 +257,37 @@ def test_depth_is_drawn_as_the_librarys_pipeline_draws_it(backend, annotators):
     wanted = np.asarray(pipe(Image.fromarray(IMAGE))["depth"], dtype=int)
     found = seen.depth(IMAGE, backend.load("tiny-dpt").look(IMAGE), invert=False)
     assert np.abs(found[..., 0] - wanted).max() <= 1
+
+
+@torch.inference_mode()
+def test_edges_are_kornias(backend, annotators):
+    detector = EdgeDetectorBuilder.build("dexined", pretrained=False).model.eval()
+    detector[1].load_state_dict(load_file(annotators / "dexined" / "model.safetensors"))
+    wanted = detector(torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 255)[0, 0].numpy()
+    assert wanted.std() > 1e-3
+    looking = backend.load("dexined")
+    np.testing.assert_allclose(looking.look(IMAGE), wanted, atol=1e-5)
+    drawn = seen.edges(IMAGE, wanted)
+    np.testing.assert_array_equal(drawn[..., 1], (wanted * 255).round())
+
+
+def test_edges_of_a_large_picture_are_seen_at_a_smaller_size(backend, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_EDGE_PIXELS", 64 * 64)
+    found = backend.load("dexined").look(np.zeros((100, 400, 3), np.uint8))
+    assert found.shape == (32, 128)
+    assert seen.edges(np.zeros((100, 400, 3), np.uint8), found).shape == (100, 400, 3)
+
+
+def test_weights_that_are_not_dexineds_are_refused(annotators, tmp_path):
+    for name in ("none", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").symlink_to(annotators / "dexined" / "config.json")
+    (tmp_path / "other" / "model.safetensors").symlink_to(annotators / "tiny-dpt" / "model.safetensors")
+    backend = TorchAnnotators(ControlNetConfig(models=str(tmp_path), device="cpu", threads=2))
+    with pytest.raises(FailedPrecondition, match=r"none has no model\.safetensors that can be read"):
+        backend.load("none")
+    with pytest.raises(FailedPrecondition, match="weights of other don't fit"):
+        backend.load("other")
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     DepthAnythingConfig,
@@ -106,11 +107,23 @@ def build_detector(path: Path, certain: float = 8.0) -> None:
     _save(path, lambda: YolosForObjectDetection(config), _squares("YolosImageProcessor"), finish)
 
 
+def build_dexined(path: Path) -> None:
+    """DexiNed, of which there is one size; in half precision, to be half as much on the disk."""
+    from kornia.models.dexined import DexiNed
+
+    with _seeded(5):
+        model = DexiNed(pretrained=False)
+    path.mkdir(parents=True)
+    _write_json(path / "config.json", {"architectures": ["DexiNed"]})
+    save_file(model.half().state_dict(), path / "model.safetensors")
+
+
 BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "tiny-dpt": build_dpt,
     "tiny-metric": build_depth_anything,
     "tiny-segformer": build_segformer,
     "tiny-vitpose": build_vitpose,
+    "dexined": build_dexined,
 }
 
 

@@ -17,6 +17,8 @@ class Task(Enum):
     CLASSES = "classes"
     # float32 [people, 17, 3]: x and y in pixels of the picture and the confidence, in COCO's order of body points
     PEOPLE = "people"
+    # float32 [h, w], 0 to 1: how surely there is an edge, at the picture's size or a smaller one
+    EDGES = "edges"
 
 
 class Annotator(Protocol):

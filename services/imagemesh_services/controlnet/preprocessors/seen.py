@@ -37,6 +37,13 @@ def segmentation(image: Array, classes: Array) -> Array:
     return np.asarray(cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST))
 
 
+def edges(image: Array, certainty: Array) -> Array:
+    """The surer an edge, the brighter."""
+    height, width = image.shape[:2]
+    fitted = cv2.resize(certainty, (width, height), interpolation=cv2.INTER_LINEAR)
+    return rgb((fitted * 255).round().astype(np.uint8))
+
+
 def _nearness(image: Array, near: Array) -> Array:
     """float32 [h, w] from 0, the farthest, to 1, at the picture's size."""
     low, high = float(near.min()), float(near.max())

@@ -87,6 +87,9 @@ PREPROCESSORS: Final[Mapping[str, Preprocessor]] = {
         "edges in grades: the smoothed picture's gradient, without weights", edges.soft_edge, ("edge",),
         (Parameter("sigma", 2.0, "pixels of smoothing", 0.1, 64.0),),
     ),
+    "softedge_dexined": Preprocessor(
+        "edges in grades, as a network has learned to see them (DexiNed)", seen.edges, ("dexined",), (), Task.EDGES,
+    ),
     "lineart": Preprocessor(
         "drawn lines in grades, without weights", edges.lineart, _STANDARD_LINEART,
         (

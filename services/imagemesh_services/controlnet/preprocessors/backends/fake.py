@@ -1,7 +1,8 @@
 """Models to be worked out by hand.
 
 Depth is the picture's mean brightness over the channels. A pixel's class is its brightness // 64. There is one person,
-point i of whose body is at i eighteenths of the picture's width and height, with a confidence of 1.
+point i of whose body is at i eighteenths of the picture's width and height, with a confidence of 1. Edges are where it
+is bright.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,16 @@ def _people(image: Array) -> Array:
     return np.stack([parts * width, parts * height, np.ones(17)], axis=1)[None].astype(np.float32)
 
 
-_SEES: Mapping[Task, Callable[[Array], Array]] = {Task.DEPTH: _depth, Task.CLASSES: _classes, Task.PEOPLE: _people}
+def _edges(image: Array) -> Array:
+    return _depth(image) / np.float32(255)
+
+
+_SEES: Mapping[Task, Callable[[Array], Array]] = {
+    Task.DEPTH: _depth,
+    Task.CLASSES: _classes,
+    Task.PEOPLE: _people,
+    Task.EDGES: _edges,
+}
 
 
 class FakeAnnotator:
@@ -39,7 +49,7 @@ class FakeAnnotator:
 
 
 class FakeAnnotators:
-    """Has a model a task: "fake-depth", "fake-classes" and "fake-people"."""
+    """Has a model a task: "fake-depth", "fake-classes", "fake-people" and "fake-edges"."""
 
     name, device, dtype = "fake", "cpu", "float32"
 

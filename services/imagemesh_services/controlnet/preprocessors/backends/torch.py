@@ -1,4 +1,4 @@
-"""transformers' models for depth, segmentation and poses, in the layout of their repositories."""
+"""transformers' models for depth, segmentation and poses, and kornia's for edges, each from a folder of its own."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForDepthEstimation,
@@ -21,7 +23,15 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors.backend import TASK, Annotator, Task
 from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
+from imagemesh_services.torch_support import (
+    building,
+    load_module,
+    pick_device,
+    pick_dtype,
+    set_threads,
+    to_numpy,
+    to_torch,
+)
 
 # Where a model says nothing of it: these tell metres, others nearness.
 _METRIC: Final = frozenset({"depth_pro", "glpn", "zoedepth"})
@@ -30,6 +40,9 @@ _POINTS: Final = 17
 _CERTAIN: Final = 0.5  # of a person that the detector found
 # Of a picture at which classes are told apart: with 150 of them their scores are 600 MB in float32.
 _CLASS_PIXELS: Final = 1 << 20
+# And at which edges are seen; DexiNed was trained on pictures of 1280x720.
+_EDGE_PIXELS: Final = 1 << 20
+_WEIGHTS: Final = "model.safetensors"
 
 
 class _Seeing:
@@ -89,6 +102,40 @@ class ClassAnnotator(_Seeing):
         # As the image processors' ``post_process_semantic_segmentation``, which not all of them have.
         fitted = torch.nn.functional.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return to_numpy(fitted[0].argmax(dim=0)).astype(np.int32)
+
+
+class EdgeAnnotator:
+    """DexiNed as kornia has it, which also makes its input of a picture's colours.
+
+    Raises:
+        FailedPrecondition: the folder has no weights in safetensors, or not DexiNed's.
+    """
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
+        from kornia.contrib.edge_detection import EdgeDetectorBuilder  # seconds, which few need
+
+        self._name, self._dtype, self._device = folder.name, dtype, device
+        with building():
+            model = EdgeDetectorBuilder.build("dexined", pretrained=False).model
+        try:
+            model[1].load_state_dict(load_file(folder.path / _WEIGHTS))
+        except (OSError, SafetensorError) as error:
+            raise FailedPrecondition(f"{folder.name} has no {_WEIGHTS} that can be read") from error
+        except RuntimeError as error:
+            raise FailedPrecondition(f"weights of {folder.name} don't fit: {error}") from error
+        self._model = model.to(device, dtype).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def look(self, image: Array) -> Array:
+        pixels = to_torch(image, self._device, self._dtype).permute(2, 0, 1)[None] / 255
+        share = (_EDGE_PIXELS / (image.shape[0] * image.shape[1])) ** 0.5
+        if share < 1:
+            size = [int(side * share) for side in image.shape[:2]]
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        found = to_numpy(self._model(pixels)[0, 0].float())
+        if not np.isfinite(found).all():
+            raise NotFinite(self._name, "edges")
+        return found
 
 
 class PeopleAnnotator:
@@ -155,13 +202,14 @@ _CLASSES_OF_TASK: Final[Mapping[Task, frozenset[str]]] = {
     Task.DEPTH: _names(modeling_auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
     Task.CLASSES: _names(modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
     Task.PEOPLE: frozenset({"VitPoseForPoseEstimation"}),
+    Task.EDGES: frozenset({"DexiNed"}),
 }
 _DETECTORS: Final = _names(modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES)
 
 
 class TorchAnnotators:
     """Runs folders in the layouts of Intel/dpt-large, nvidia/segformer-b0-finetuned-ade-512-512 and
-    usyd-community/vitpose-base-simple, whatever their architecture.
+    usyd-community/vitpose-base-simple, whatever their architecture, and DexiNed's weights.
     """
 
     name = "torch"
@@ -181,6 +229,8 @@ class TorchAnnotators:
         task = _task(folder)
         if task is Task.PEOPLE:
             return PeopleAnnotator(self._open(folder, VitPoseForPoseEstimation), self._detector())
+        if task is Task.EDGES:
+            return EdgeAnnotator(folder, self._dtype, self._device)
         if task is Task.CLASSES:
             seeing = self._open(folder, AutoModelForSemanticSegmentation)
             return ClassAnnotator(seeing.name, seeing.processor, seeing.model)
