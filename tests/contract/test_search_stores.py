@@ -6,40 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qdrant_client import QdrantClient
 
 from imagemesh_runtime.errors import FailedPrecondition, NotFound
 from imagemesh_runtime.registry import choose_backend
 from imagemesh_services.vit.backend import Pooling
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.search.store import STORES, IndexSpec, VectorStore
+from tests.support.qdrant_server import QdrantServer, qdrant_server
 from tests.support.vectors import unit_vectors
+
+# The tests' own server has no TLS.
+pytestmark = pytest.mark.filterwarnings("ignore:Api key is used")
 
 SPEC = IndexSpec("photos", "vit", Pooling.CLS, 8)
 
 
+@pytest.fixture(scope="module")
+def qdrant() -> Iterator[QdrantServer]:
+    with qdrant_server() as server:
+        yield server
+
+
 @pytest.fixture(params=STORES)
-def config(request: pytest.FixtureRequest, tmp_path: Path) -> VitConfig:
+def config(request: pytest.FixtureRequest, tmp_path: Path, qdrant: QdrantServer) -> VitConfig:
+    qdrant.empty()
+    where = {"index_url": qdrant.url, "index_token": qdrant.token} if request.param == "qdrant" else {}
     return VitConfig(
-        index_root=str(tmp_path / "indexes"), index_store=request.param, max_indexes=2, max_index_entries=50,
-        index_url=":memory:" if request.param == "qdrant" else "",
-    )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def server() -> Iterator[None]:
-    """The database of its own that some stores ask; it is there for as long as a test."""
-    _SERVER.append(QdrantClient(":memory:"))
-    yield
-    _SERVER.pop().close()
-
-
-_SERVER: list[QdrantClient] = []
+        index_root=str(tmp_path / "indexes"), index_store=request.param, max_indexes=2, max_index_entries=50, **where
+    )
 
 
 def opened(config: VitConfig) -> VectorStore:
-    store = choose_backend(STORES, config.index_store)
-    return store(config, _SERVER[-1]) if config.index_store == "qdrant" else store(config)
+    return choose_backend(STORES, config.index_store)(config)
 
 
 @pytest.fixture

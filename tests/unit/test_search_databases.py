@@ -3,20 +3,23 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from qdrant_client import models
 
-from imagemesh_runtime.errors import FailedPrecondition, Unavailable
+from imagemesh_runtime.errors import FailedPrecondition, NotFound, Unavailable
 from imagemesh_runtime.registry import choose_backend
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.search.store import STORES
 from imagemesh_services.vit.search.stores import milvus
 from imagemesh_services.vit.search.stores.qdrant import QdrantStore
 from tests.support.putting_milvus import SIZE, SPEC
+from tests.support.qdrant_server import qdrant_server
 from tests.support.sizes import ROOT
 from tests.support.vectors import unit_vectors
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:Api key is used")]
 
 
 def test_a_database_is_never_picked_by_itself():
@@ -33,6 +36,24 @@ def test_qdrant_wants_an_address():
 def test_qdrant_that_cannot_be_reached_is_unavailable():
     with pytest.raises(Unavailable, match="qdrant: cannot be reached"):
         QdrantStore(VitConfig(index_url="http://127.0.0.1:1")).specs()
+
+
+def test_qdrant_that_refuses_us_is_said():
+    with qdrant_server() as server, pytest.raises(Unavailable, match="qdrant: answered 403"):
+        QdrantStore(VitConfig(index_url=server.url, index_token="another")).specs()
+
+
+def test_collections_of_others_are_left_alone():
+    with qdrant_server() as server:
+        for name in ("other", "imagemesh-other"):
+            server.client.create_collection(name, models.VectorParams(size=2, distance=models.Distance.DOT))
+        store = QdrantStore(VitConfig(index_url=server.url, index_token=server.token))
+        store.put(SPEC, ["a"], unit_vectors(1, SPEC.width))
+        assert store.specs() == {SPEC.name: SPEC}
+        with pytest.raises(NotFound):
+            store.delete("other")
+        with pytest.raises(Unavailable, match="answered 409"):
+            store.put(replace(SPEC, name="other"), ["a"], unit_vectors(1, SPEC.width))
 
 
 def test_milvus_that_cannot_be_reached_is_unavailable(monkeypatch):

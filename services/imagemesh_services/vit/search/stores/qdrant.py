@@ -45,18 +45,15 @@ class QdrantStore:
     A put is one operation of the server's, which is done whole or not at all; of a new index whose first put fails, an
     empty collection may stay. Several writers at once may pass the bounds by what they write.
 
-    Args:
-        client: instead of one for ``index_url``.
-
     Raises:
         FailedPrecondition: there is no ``index_url``.
     """
 
     name = "qdrant"
 
-    def __init__(self, config: VitConfig, client: QdrantClient | None = None) -> None:
+    def __init__(self, config: VitConfig) -> None:
         self._config = config
-        self._client = client or _connected(config)
+        self._client = _connected(config)
         # In the process it has no other.
         self._search = None if config.index_url == MEMORY else models.SearchParams(exact=config.index_exact)
 
