@@ -605,6 +605,7 @@ class GenerateProgress(_message.Message):
     PREVIEWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     steps: _builtins.int
+    """Of all passes that have begun: where pictures are drawn again (GenerateKeep), more than before."""
     @_builtins.property
     def previews(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Where previews are due: a small JPEG a picture, blurry and nearly right in colour."""
