@@ -63,17 +63,21 @@ class Autoscaler:
         return replicas - sum(by for at, by in self._changes if at > now - period and by * sign > 0)
 
 
+# (arrival, seconds of work left) of each request.
+Queue = deque[tuple[float, float]]
+
+
+def _backlog(queue: Queue) -> float:
+    """Seconds until all of it would be done: a share of ``imagemesh_backlog_seconds``."""
+    return sum(work for _, work in queue)
+
+
 @dataclass
 class Replica:
-    """One that works through its queue in order: (arrival, seconds of work left) of each request."""
+    """One that works through its queue in order."""
 
     ready_at: float
-    queue: deque[tuple[float, float]] = field(default_factory=deque)
-
-    @property
-    def backlog(self) -> float:
-        """Seconds until all of it would be done: ``imagemesh_backlog_seconds``."""
-        return sum(work for _, work in self.queue)
+    queue: Queue = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Run:
         return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] if ordered else 0.0
 
 
-def simulate(arrivals: Sequence[float], work: float, start: float, policy: Policy, seed: int = 0) -> Run:
+def simulate(arrivals: Sequence[float], work: float, start: float, policy: Policy, seed: int = 0, held: int = 8) -> Run:
     """Replay a trace until everything is done, and the replicas are as few as they may be.
 
     Args:
@@ -114,22 +118,31 @@ def simulate(arrivals: Sequence[float], work: float, start: float, policy: Polic
         start: seconds from a replica's creation until it takes work: the image, the libraries, the weights.
         policy: of the autoscaler.
         seed: of the choice between replicas, which is the gateway's: the less busy of two random ones.
+        held: requests that a replica is handed at a time, ``max_starting_jobs``; the others wait in the store of the
+            gateway, which tells the autoscaler of them as the replicas tell of theirs.
     """
     chance, scaler, run = random.Random(seed), Autoscaler(policy), Run()
     fleet = [Replica(0.0) for _ in range(policy.least)]
-    pending, now = deque(arrivals), 0.0
-    while pending or any(one.queue for one in fleet) or len(fleet) > policy.least:
+    pending, store, now = deque(arrivals), Queue(), 0.0
+    while pending or store or any(one.queue for one in fleet) or len(fleet) > policy.least:
         ready = [one for one in fleet if one.ready_at <= now]
         while pending and pending[0] < now + 1:
-            _place((pending.popleft(), work), ready, chance)
+            store.append((pending.popleft(), work))
+        _hand_out(store, ready, held, chance)
         for one in ready:
             _work(one, now, run)
+        backlog = _backlog(store) + sum(_backlog(one.queue) for one in fleet)
         if now % policy.sync == 0:
-            _resize(fleet, scaler.step(now, sum(one.backlog for one in fleet), len(fleet)), now + start, chance)
-        backlog, waiting = sum(one.backlog for one in fleet), sum(len(one.queue) for one in fleet)
+            _resize(fleet, scaler.step(now, backlog, len(fleet)), now + start, chance)
+        waiting = len(store) + sum(len(one.queue) for one in fleet)
         run.moments.append(Moment(now, len(fleet), len(ready), backlog, waiting))
         now += 1
     return run
+
+
+def _hand_out(store: Queue, ready: Sequence[Replica], held: int, chance: random.Random) -> None:
+    while store and (room := [one for one in ready if len(one.queue) < held]):
+        _place(store.popleft(), room, chance)
 
 
 def _place(request: tuple[float, float], ready: Sequence[Replica], chance: random.Random) -> None:

@@ -32,6 +32,7 @@ MESH: list[Panel] = [
     ("HTTP, 95th percentile", "s", [("{{path}}", _quantile(0.95, "http_request_duration_seconds", "path"))]),
     ("Replicas that are ready", "none", [("{{peer}}", "max by (peer) (imagemesh_ready_replicas)")]),
     ("Waiting for the device", "none", [("{{service}}", "sum by (service) (imagemesh_pending_requests)")]),
+    ("Jobs in the gateway's store", "none", [("{{model}}", "sum by (model) (imagemesh_waiting_jobs)")]),
     ("In work", "none", [("{{service}}", "sum by (service) (imagemesh_running_requests)")]),
     ("Wait for the device, 95th percentile", "s", [("{{service}}", "imagemesh:queue_wait_seconds:p95_rate5m")]),
     ("Turned away at the door", "reqps", [("{{code}}", _rate("imagemesh_refused_calls_total", "code"))]),
@@ -55,6 +56,9 @@ DEVICES: list[Panel] = [
         ("{{where}}", _quantile(0.95, "imagemesh_control_stall_seconds", "where")),
     ]),
     ("Residuals", "Bps", [("{{service}}", _rate("imagemesh_control_bytes_total"))]),
+    ("Replicas passed over", "none", [
+        ("{{service}} {{peer}}", "sum by (service, peer) (increase(imagemesh_passed_over_total[$__range]))"),
+    ]),
     ("Generations that moved", "none", [("", "sum(increase(imagemesh_moved_generations_total[$__range]))")]),
     ("Devices that hang", "none", [("{{instance}}", "imagemesh_lane_hangs"),
                                    ("times", "sum(imagemesh_lane_hung_total)")]),

@@ -31,8 +31,8 @@ def main() -> None:
         _write(f"torch-{options.accel}", filter(_BUILDS.match, _compile([f"torch=={options.torch}"], *index)))
         return
     project = str(ROOT / "pyproject.toml")
-    _write("gateway", _compile([], project, *_extras("gateway")))
-    worker = _compile([], project, *_extras("torch", "search", "qdrant", "milvus"))
+    _write("gateway", _compile([], project, *_extras("gateway", "otel")))
+    worker = _compile([], project, *_extras("torch", "search", "qdrant", "milvus", "otel"))
     _write("worker", (block for block in worker if not _BUILDS.match(block)))
     _write("torch-cuda", filter(_BUILDS.match, worker))
     _write("build", _compile(["hatchling"]))

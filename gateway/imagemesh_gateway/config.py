@@ -17,8 +17,9 @@ class GatewayConfig(ServerConfig):
     keys_file: str = ""
     # Whether callers need no key where others than this machine can call, too.
     allow_anyone: bool = False
+    # Of each service one replica's address, or several joined by commas; dns:///host:port is a replica at every address
+    # of that name.
     text_encoder: str = "127.0.0.1:50051"
-    # One replica's address, or several, joined by commas.
     diffusion: str = "127.0.0.1:50052"
     vae: str = "127.0.0.1:50053"
     controlnet: str = "127.0.0.1:50054"
@@ -29,6 +30,8 @@ class GatewayConfig(ServerConfig):
     default_vit: str = ""
     max_message_bytes: int = 256 * MIB
     max_http_body_bytes: int = 32 * MIB
+    # Of all bodies in work together; what is made of one takes up to four times as much.
+    max_http_held_bytes: int = 512 * MIB
     # Requests of the HTTP face in work at a time; probes and scrapes are not counted.
     max_http_requests: int = 64
     # Those who follow a job by server-sent events or WebSocket, at a time.
@@ -37,8 +40,10 @@ class GatewayConfig(ServerConfig):
     http_body_timeout_seconds: float = 60.0
     # Evaluations between two checkpoints of a generation, which another replica goes on from; 0: none.
     checkpoint_every: int = 5
-    # How long a replica that failed is passed over, as long as there is another.
+    # How long a replica that failed is passed over, as long as there is another; up to ten times as long if it goes on.
     replica_rest_seconds: float = 5.0
+    # How often names of services are resolved anew.
+    resolve_seconds: float = 2.0
     # How long a service may take to say what models it has.
     catalogue_timeout_seconds: float = 5.0
     # How long its answer is believed.

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
@@ -34,7 +35,6 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 CLIENT_GONE = 499
 _OTHER = "other"
 _RETRY_SECONDS = 1
-_LATER = {"Retry-After": str(_RETRY_SECONDS)}
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -45,6 +45,7 @@ class HttpLimits:
     requests: int
     watches: int
     body_bytes: int
+    held_bytes: int
     body_seconds: float
     request_seconds: float
 
@@ -55,6 +56,7 @@ class HttpLimits:
             config.max_http_requests,
             config.max_http_watches,
             config.max_http_body_bytes,
+            config.max_http_held_bytes,
             config.http_body_timeout_seconds,
             config.request_timeout_seconds,
         )
@@ -62,6 +64,16 @@ class HttpLimits:
 
 class _ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
+
+
+class _Crowded(Unavailable):
+    """There is no room for one more now."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__("gateway", f"{told}; retry after {_RETRY_SECONDS} s")
+
+    def retry_after(self) -> float | None:
+        return _RETRY_SECONDS
 
 
 class _Exchange:
@@ -73,6 +85,7 @@ class _Exchange:
         self._send = send
         self.status: int | None = None
         self.complete = False
+        self.held = 0  # bytes of its body
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -94,7 +107,9 @@ class Guard:
         self._app = app
         self._door = door
         self._limits = limits
+        self._spans = metrics.spans
         self._running = {"requests": 0, "watches": 0}
+        self._held = 0  # bytes of the bodies in work
         labels = ("method", "path")
         self._handled = Counter(
             "http_requests", "HTTP requests answered.", (*labels, "code"), registry=metrics.registry
@@ -126,6 +141,25 @@ class Guard:
                 return str(getattr(route, "path", _OTHER))
         return _OTHER
 
+    @contextmanager
+    def _call(self, exchange: _Exchange, path: str, seconds: float | None) -> Iterator[None]:
+        """Make the request the current call, with a span where they are made."""
+        if self._spans is None:
+            _begin_call(exchange.scope, seconds)
+            yield
+            return
+        method = exchange.scope["method"]
+        told = {"http.request.method": method, "http.route": path}
+        with self._spans.span(f"{method} {path}", "server", _parent(exchange.scope), told) as span:
+            _begin_call(exchange.scope, seconds, span.trace)
+            try:
+                yield
+            finally:
+                status = exchange.status or CLIENT_GONE
+                span.note({"http.response.status_code": status})
+                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    span.fail(str(status))
+
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
         _begin_call(scope, None)
         try:
@@ -135,7 +169,7 @@ class Guard:
             return
         full = self._full("watches")
         if full is not None:
-            await _answer(scope, full, _LATER)(scope, receive, send)
+            await _answer(scope, full)(scope, receive, send)
             return
         with self._counted("watches"):
             await self._app(scope, receive, send)
@@ -150,10 +184,11 @@ class Guard:
         if path in PROBES:
             await self._app(exchange.scope, exchange.receive, exchange.send)
         elif (full := self._full(kind)) is not None:
-            await exchange.fail(full, _LATER)
+            await exchange.fail(full)
         else:
-            with self._counted(kind):
-                await self._bounded(exchange, None if kind == "watches" else self._limits.request_seconds)
+            seconds = None if kind == "watches" else self._limits.request_seconds
+            with self._counted(kind), self._call(exchange, path, seconds):
+                await self._bounded(exchange, seconds)
 
     def _let_in(self, scope: Any) -> None:
         """Raise MeshError unless the door does; before the body is read, and before the request counts."""
@@ -164,8 +199,7 @@ class Guard:
         limit = getattr(self._limits, kind)
         if self._running[kind] < limit:
             return None
-        told = f"{limit} HTTP {kind} are in work, as many as it takes; retry after {_RETRY_SECONDS} s"
-        return Unavailable("gateway", told)
+        return _Crowded(f"{limit} HTTP {kind} are in work, as many as it takes")
 
     @contextmanager
     def _counted(self, kind: str) -> Iterator[None]:
@@ -176,7 +210,6 @@ class Guard:
             self._running[kind] -= 1
 
     async def _bounded(self, exchange: _Exchange, seconds: float | None) -> None:
-        _begin_call(exchange.scope, seconds)
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -196,18 +229,22 @@ class Guard:
                 await exchange.fail(late, {"Connection": "close"})
             elif exchange.status is None:  # else the application has told of it, and its framework raises it again
                 await exchange.fail(unforeseen(error, exchange.scope["path"]))
+        finally:
+            self._held -= exchange.held
 
     async def _body(self, exchange: _Exchange) -> bytes:
         """The whole body.
 
         Raises:
             RefusedRequest: it is over the limit, by its announced length or as it comes in.
+            Unavailable: with it all bodies together are.
             DeadlineExceeded: it came too slowly.
         """
         most = self._limits.body_bytes
         announced = int(Headers(scope=exchange.scope).get("content-length", 0))
         if announced > most:
             raise RefusedRequest(413, "body", f"{announced} bytes", f"at most {most} bytes")
+        self._check_room(announced)
         body = bytearray()
         limit = asyncio.timeout(self._limits.body_seconds)
         try:
@@ -217,7 +254,11 @@ class Guard:
                     message = await exchange.receive()
                     if message["type"] == "http.disconnect":
                         raise _ClientGoneError
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    self._check_room(len(part))
+                    body += part
+                    exchange.held += len(part)
+                    self._held += len(part)
                     if len(body) > most:
                         raise RefusedRequest(413, "body", f"more than {most} bytes", f"at most {most} bytes")
                     more = message.get("more_body", False)
@@ -226,6 +267,12 @@ class Guard:
                 raise
             raise DeadlineExceeded("body", f"did not arrive within {self._limits.body_seconds:g} s") from error
         return bytes(body)
+
+    def _check_room(self, more: int) -> None:
+        """What is announced takes no room until it comes, so that nobody can keep room by words alone."""
+        if self._held + more > self._limits.held_bytes:
+            held = f"{self._held} bytes of bodies are in work, and it takes {self._limits.held_bytes} bytes"
+            raise _Crowded(f"{held} together")
 
     async def _while_connected(self, exchange: _Exchange, body: bytes) -> None:
         """Let the application answer, but give it up when the client goes."""
@@ -259,10 +306,16 @@ def _answer(scope: Any, error: MeshError, headers: dict[str, str] | None = None)
     return response
 
 
-def _begin_call(scope: Any, seconds: float | None) -> None:
-    parent = Trace.parse(Headers(scope=scope).get("traceparent"))
+def _parent(scope: Any) -> Trace | None:
+    return Trace.parse(Headers(scope=scope).get("traceparent"))
+
+
+def _begin_call(scope: Any, seconds: float | None, trace: Trace | None = None) -> None:
+    if trace is None:
+        parent = _parent(scope)
+        trace = parent.child() if parent else Trace.start()
     deadline = None if seconds is None else time.monotonic() + seconds
-    set_current_call(CallContext(parent.child() if parent else Trace.start(), deadline))
+    set_current_call(CallContext(trace, deadline))
 
 
 async def _disconnected(exchange: _Exchange) -> None:

@@ -23,6 +23,10 @@ class Ledger:
         self.hops[name] = Hop()
         return self.hops[name]
 
+    def device_seconds(self, service: str) -> float:
+        """What the stages of a service took of its devices; 0: nobody has counted."""
+        return sum(hop.device_seconds for stage, hop in self.hops.items() if stage.startswith(service))
+
     def timings(self) -> list[pb.StageTiming]:
         """The entries, in the order of the stages."""
         return [

@@ -1,4 +1,4 @@
-"""The services as the gateway sees them: a channel and a stub each, and what models they have."""
+"""The services as the gateway sees them: their replicas, a stub each, and what models they have."""
 
 import asyncio
 import time
@@ -17,40 +17,33 @@ from imagemesh.v1 import (
 )
 from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.costs import Costs
 from imagemesh_gateway.preprocess import Preprocessors
-from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound, PermissionDenied
+from imagemesh_runtime.discovery import Discovery
+from imagemesh_runtime.errors import FailedPrecondition, MeshError, NotFound, PermissionDenied
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tls import peer_files
 
 ModelInfo = model_service_pb2.ModelInfo
 
 
 class Mesh:
-    """Channels to the five services."""
+    """Channels to the replicas of the five services."""
 
     def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
-        def peer(name: str, address: str) -> Peer:
-            limit, timeout = config.max_message_bytes, config.request_timeout_seconds
-            shares = config.shared_memory_bytes > 0
-            return Peer(
-                name, address, max_message_bytes=limit, timeout_seconds=timeout, metrics=metrics, shares_memory=shares,
-                tls=files,
-            )  # fmt: skip
-
-        files = peer_files(config)
-        self.text_encoder = peer("text-encoder", config.text_encoder)
-        addresses = [address.strip() for address in config.diffusion.split(",") if address.strip()]
-        if not addresses:
-            raise InvalidArgument("diffusion", config.diffusion, "an address, or several joined by commas")
-        self.diffusion = Replicas([peer("diffusion", address) for address in addresses], config.replica_rest_seconds)
+        self._config = config
+        self._metrics = metrics
+        self._discoveries: list[Discovery] = []
+        self.text_encoder = self._replicas("text-encoder", config.text_encoder)
+        self.diffusion = self._replicas("diffusion", config.diffusion)
         self._timeout = config.catalogue_timeout_seconds
         self.checkpoint_every = config.checkpoint_every
-        self.vae = peer("vae", config.vae)
-        self.controlnet = peer("controlnet", config.controlnet)
-        self.vit = peer("vit", config.vit)
-        self.peers = (self.text_encoder, *self.diffusion.peers, self.vae, self.controlnet, self.vit)
+        self.vae = self._replicas("vae", config.vae)
+        self.controlnet = self._replicas("controlnet", config.controlnet)
+        self.vit = self._replicas("vit", config.vit, keeping=("imagemesh.v1.SearchService",))
+        self.services = (self.text_encoder, self.diffusion, self.vae, self.controlnet, self.vit)
         self.encode = text_encoder_service_pb2_grpc.TextEncoderServiceStub(self.text_encoder.channel)
         self.decode = vae_service_pb2_grpc.VaeServiceStub(self.vae.channel)
         self.pictures = vae_service_pb2_grpc.VaeServiceStub(self.vae.parcels)
@@ -59,16 +52,44 @@ class Mesh:
         self.references = reference_service_pb2_grpc.ReferenceServiceStub(self.vit.channel)
         self.preprocessors = Preprocessors(config, self.controlnet)
         self.catalogue = Catalogue(config)
+        self.costs = Costs()
+
+    def _replicas(self, name: str, addresses: str, keeping: Sequence[str] = ()) -> Replicas:
+        config, passed_over = self._config, self._metrics.passed_over.labels(self._metrics.service, name)
+
+        files = peer_files(config)
+
+        def connect(address: str, known_as: str) -> Peer:
+            return Peer(
+                name, address, max_message_bytes=config.max_message_bytes,
+                timeout_seconds=config.request_timeout_seconds, metrics=self._metrics,
+                shares_memory=config.shared_memory_bytes > 0, tls=files, known_as=known_as,
+            )  # fmt: skip
+
+        found = Discovery(
+            name, addresses, connect, rest_seconds=config.replica_rest_seconds,
+            resolve_seconds=config.resolve_seconds, keeping=keeping, note_rest=passed_over.inc,
+        )  # fmt: skip
+        self._discoveries.append(found)
+        return found.replicas
+
+    @property
+    def peers(self) -> list[Peer]:
+        """All replicas of all services, as far as they are known."""
+        return [peer for replicas in self.services for peer in replicas.peers]
+
+    async def start(self) -> None:
+        """Look for the replicas of services that are known by a name, and for what each has to do."""
+        await asyncio.gather(*(found.start() for found in self._discoveries))
 
     async def models(self) -> tuple[list[ModelInfo], list[str]]:
         """All models of all services, and the names of the services that did not answer."""
-        services: list[Peer | Replicas] = [self.text_encoder, self.diffusion, self.vae, self.controlnet, self.vit]
-        answers = await asyncio.gather(*map(self.catalogue.fetch, services), return_exceptions=True)
+        answers = await asyncio.gather(*map(self.catalogue.fetch, self.services), return_exceptions=True)
         models: list[ModelInfo] = []
         unreachable: list[str] = []
-        for peer, answer in zip(services, answers, strict=True):
+        for replicas, answer in zip(self.services, answers, strict=True):
             if isinstance(answer, MeshError):
-                unreachable.append(peer.name)
+                unreachable.append(replicas.name)
             elif isinstance(answer, BaseException):
                 raise answer
             else:
@@ -103,8 +124,8 @@ class Mesh:
 
     async def close(self) -> None:
         """Close the channels."""
-        for peer in self.peers:
-            await peer.close()
+        for found in self._discoveries:
+            await found.close()
 
 
 class Catalogue:
@@ -125,7 +146,7 @@ class Catalogue:
         """The folders below which the services look for models, as far as they have been asked."""
         return list(dict.fromkeys(root for roots in self._roots.values() for root in roots))
 
-    async def find(self, peer: Peer | Replicas, name: str) -> ModelInfo:
+    async def find(self, replicas: Replicas, name: str) -> ModelInfo:
         """The service's model of that name; "" is the default one.
 
         Raises:
@@ -135,13 +156,13 @@ class Catalogue:
             Unavailable, DeadlineExceeded: the service doesn't say.
         """
         caller = current_caller()
-        usual = self._defaults.get(peer.name, "")
+        usual = self._defaults.get(replicas.name, "")
         wanted = name or (usual if caller.may_use(usual) else "")
-        fetched, models = self._known.get(peer.name, (0.0, {}))
+        fetched, models = self._known.get(replicas.name, (0.0, {}))
         if time.monotonic() - fetched > self._ttl or (wanted and wanted not in models):
-            models = await self._fetch(peer)
+            models = await self._fetch(replicas)
         if not wanted:
-            wanted = self._first(peer.name, models)
+            wanted = self._first(replicas.name, models)
         if wanted not in models:
             raise NotFound("model", wanted, caller.usable(models))
         caller.require_model(wanted)
@@ -157,17 +178,17 @@ class Catalogue:
             raise PermissionDenied(f"key {current_caller().id} is for no model of {service}")
         return min(usable)
 
-    async def fetch(self, peer: Peer | Replicas) -> Mapping[str, ModelInfo]:
-        """Ask the service now; of several replicas, one after another until one answers.
+    async def fetch(self, replicas: Replicas) -> Mapping[str, ModelInfo]:
+        """Ask the service now: its replicas, one after another until one answers.
 
         Raises:
             MeshError: it can't be reached, or does not answer in time.
         """
-        models = await self._fetch(peer)
+        models = await self._fetch(replicas)
         return {name: models[name] for name in current_caller().usable(models)}
 
-    async def _fetch(self, peer: Peer | Replicas) -> Mapping[str, ModelInfo]:
-        return await (self._ask(peer) if isinstance(peer, Peer) else peer.ask(self._ask))
+    async def _fetch(self, replicas: Replicas) -> Mapping[str, ModelInfo]:
+        return await replicas.ask(self._ask)
 
     async def _ask(self, peer: Peer) -> Mapping[str, ModelInfo]:
         stub = model_service_pb2_grpc.ModelServiceStub(peer.channel)

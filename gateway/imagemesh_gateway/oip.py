@@ -13,12 +13,12 @@ from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh.v1 import text_encoder_service_pb2, vae_service_pb2, vit_service_pb2
 from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_runtime.images import decode_file
 from imagemesh_runtime.oip_messages import one_string, strings
 from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
 from imagemesh_runtime.oip_stages import Name, text_models, vae_models, vit_models
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
 
 # Inputs of one element: type, and field of the request.
@@ -68,14 +68,14 @@ def oip_models(mesh: Mesh, direct: Direct) -> list[OipModel]:
     ]
 
 
-def _name(mesh: Mesh, peer: Peer) -> Name:
+def _name(mesh: Mesh, peer: Replicas) -> Name:
     async def name(asked: str) -> str:
         return (await mesh.catalogue.find(peer, asked)).name
 
     return name
 
 
-def _stage_name(mesh: Mesh, peer: Peer) -> Name:
+def _stage_name(mesh: Mesh, peer: Replicas) -> Name:
     """Names of a stage's models; "" is the mesh's default model, which the diffusion service tells."""
 
     async def name(asked: str) -> str:

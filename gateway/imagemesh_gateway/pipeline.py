@@ -12,6 +12,7 @@ from imagemesh.v1 import diffusion_service_pb2, text_encoder_service_pb2
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.ahead import ahead
 from imagemesh_gateway.controls import Controls, prepare_controls
+from imagemesh_gateway.costs import amount
 from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.passes import Start, Tensors, Turn, decode_latents, first_start, second_start, turns
@@ -92,7 +93,7 @@ async def _draw(
     mesh: Mesh, plan: Plan, beginning: Beginning, ledger: Ledger
 ) -> AsyncGenerator[pb.GenerateResponse | Drawn, None]:
     """All passes, and the decoding; what was drawn comes last."""
-    text, start = beginning.text, beginning.start
+    text, start, spent = beginning.text, beginning.start, ledger.device_seconds("diffusion")
     sampled: SampleResult | None = None
     for turn in turns(plan):
         if sampled is not None:
@@ -113,6 +114,7 @@ async def _draw(
     images = await decode_latents(mesh, plan, sampled.outputs["latents"], ledger)
     if (source := beginning.source) is not None:
         images = np.stack([await asyncio.to_thread(lay_over, image, source) for image in images])
+    mesh.costs.note(plan.model, amount(plan), ledger.device_seconds("diffusion") - spent)
     yield Drawn(sampled, images)
 
 

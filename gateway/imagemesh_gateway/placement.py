@@ -13,11 +13,11 @@ from google.rpc import error_details_pb2
 
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
-from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
 from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import Deadly, Hangs, MeshError, RemoteError
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.replicas import Replicas, is_lost
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,15 @@ async def sample(
         MeshError: the request's own fault, or the replicas went away once too often.
     """
     request.checkpoint_every = checkpoint_every if len(replicas.peers) > 1 else 0
-    journey = _Journey()
+    journey, amount = _Journey(), _amount(request)
     while True:
-        peer = replicas.pick(avoid=journey.gone)
+        peer = replicas.pick(avoid=journey.gone, amount=amount)
         try:
-            with replicas.work_on(peer):
+            with replicas.work_on(peer, amount):
                 async with aclosing(_follow(peer, request, hop, journey)) as responses:
                     async for response in responses:
                         yield response
+                replicas.note_success(peer)
                 return
         except MeshError as error:
             if _is_stale(error) and request.HasField("resume_from"):
@@ -84,7 +85,8 @@ async def sample(
                 log.warning("diffusion at %s is full; the generation waits %.1f s to go on", peer.address, pause)
                 await asyncio.sleep(pause)
                 continue
-            if not _is_lost(error):
+            if not is_lost(error, replicas.name):
+                replicas.note_error(peer, error)
                 raise
             journey.note(peer, error)
             if journey.deaths > MAX_MOVES:
@@ -126,12 +128,11 @@ async def _confirm(peer: Peer, stub: rpc.DiffusionServiceStub, confirm_as: str, 
         await peer.unary(stub.ConfirmCheckpoint, request, timeout_seconds=_CONFIRM_SECONDS)
 
 
-def _is_lost(error: MeshError) -> bool:
-    """Whether the diffusion replica itself is gone, not a service behind it."""
-    if error.code is not grpc.StatusCode.UNAVAILABLE:
-        return False
-    named = [info.metadata.get("service") for info in error.details() if isinstance(info, error_details_pb2.ErrorInfo)]
-    return not named or named == ["diffusion"]
+def _amount(request: pb.SampleRequest) -> float:
+    """How much work it is: megapixels times rows times steps."""
+    rows = len(request.seeds) * (2 if request.guidance_scale > 1 else 1)
+    steps = request.steps * (request.strength or 1.0)
+    return max(request.width * request.height / 1e6 * rows * steps, 1e-3)
 
 
 def _hangs(error: MeshError) -> bool:

@@ -13,20 +13,21 @@ from imagemesh.v1 import preprocess_service_pb2_grpc as rpc
 from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime import preprocessing
-from imagemesh_runtime.client import Hop, Peer
+from imagemesh_runtime.client import Hop
 from imagemesh_runtime.errors import NotFound
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
 
 
 class Preprocessors:
     """Remembers for a while which preprocessors the service has, and calls them."""
 
-    def __init__(self, config: GatewayConfig, peer: Peer) -> None:
+    def __init__(self, config: GatewayConfig, replicas: Replicas) -> None:
         self._timeout = config.catalogue_timeout_seconds
         self._ttl = config.catalogue_ttl_seconds
-        self._peer = peer
-        self._stub = rpc.PreprocessServiceStub(peer.channel)
+        self._replicas = replicas
+        self._stub = rpc.PreprocessServiceStub(replicas.channel)
         self._known: tuple[float, list[pb.PreprocessorInfo]] = (0.0, [])
 
     async def infos(self) -> list[pb.PreprocessorInfo]:
@@ -36,7 +37,7 @@ class Preprocessors:
             MeshError: it can't be reached, or does not answer in time.
         """
         asked = pb.ListPreprocessorsRequest()
-        answer = await self._peer.unary(self._stub.ListPreprocessors, asked, timeout_seconds=self._timeout)
+        answer = await self._replicas.unary(self._stub.ListPreprocessors, asked, timeout_seconds=self._timeout)
         self._known = (time.monotonic(), list(answer.preprocessors))
         return self._known[1]
 
@@ -68,7 +69,7 @@ class Preprocessors:
         if key is not None and key.models:  # else there is no need to ask which model it will be
             info = preprocessing.find_preprocessor(await self.infos(), request.preprocessor)
             _require(preprocessing.find_model(info, request.model, "model"))
-        answer: pb.PreprocessResponse = await self._peer.unary(self._stub.Preprocess, request, hop)
+        answer: pb.PreprocessResponse = await self._replicas.unary(self._stub.Preprocess, request, hop)
         return answer
 
     async def hint(self, wanted: pb.PreprocessRequest, picture: Array, hop: Hop) -> tuple[Array, str]:

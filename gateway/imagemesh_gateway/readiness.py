@@ -44,9 +44,7 @@ class Readiness:
     """Asks all services at once, when somebody wants to know and what was found is old."""
 
     def __init__(self, mesh: Mesh, metrics: Metrics) -> None:
-        self._replicas: dict[str, list[Peer]] = {}
-        for peer in mesh.peers:
-            self._replicas.setdefault(peer.name, []).append(peer)
+        self._replicas = {replicas.name: replicas for replicas in mesh.services}
         self._asked = 0.0
         self._found: asyncio.Task[State] | None = None
         gauge = Gauge(
@@ -72,12 +70,14 @@ class Readiness:
         )
 
     async def _ask_service(self, name: str) -> list[str]:
-        answers = await asyncio.gather(*map(_ask, self._replicas[name]))
+        answers = await asyncio.gather(*map(_ask, self._replicas[name].peers))
         self._gauges[name].set(answers.count(READY))
         return answers
 
 
 def _told(answers: Sequence[str]) -> str:
+    if not answers:
+        return "no replica of it is known"
     ready = answers.count(READY)
     if ready == len(answers):
         return READY

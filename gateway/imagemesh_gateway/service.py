@@ -98,6 +98,7 @@ class GatewayServer(MeshServer):
     async def start(self) -> None:
         """Bind both faces; ready when both listen."""
         self._door.start()
+        await self._mesh.start()
         await self._jobs.start()
         await super().start()
         self._http_task = asyncio.create_task(self._http.serve())

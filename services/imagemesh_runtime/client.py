@@ -15,12 +15,13 @@ from google.rpc import status_pb2
 
 from imagemesh_runtime.addresses import WANTED, is_address
 from imagemesh_runtime.channels import channel_options
-from imagemesh_runtime.context import current_call, parse_server_timing
+from imagemesh_runtime.context import Trace, current_call, parse_server_timing, served_call
 from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError, RemoteError, Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, ParcelChannel, moved
 from imagemesh_runtime.tenancy import Lodger, NoReceipts, Receipts
 from imagemesh_runtime.tls import NO_TLS, Certificates, RenewedChannel, TlsFiles
+from imagemesh_runtime.tracing import UNSEEN
 
 Response = TypeVar("Response", bound=Message | Parcel[Any])
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Hop:
     seconds: float = 0.0
     compute_seconds: float = 0.0
     queue_seconds: float = 0.0
+    device_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     _start: float = field(default_factory=perf_counter)
@@ -53,6 +55,7 @@ class Hop:
                 timing = parse_server_timing(value)
                 self.compute_seconds = timing.get("compute", 0.0)
                 self.queue_seconds = timing.get("queue", 0.0)
+                self.device_seconds = timing.get("device", 0.0)
 
 
 class Peer:
@@ -74,6 +77,7 @@ class Peer:
         shares_memory: bool = True,
         key: str = "",
         tls: TlsFiles = NO_TLS,
+        known_as: str = "",
     ) -> None:
         if not is_address(address):
             raise InvalidArgument(f"address of {name}", address, WANTED)
@@ -84,7 +88,8 @@ class Peer:
         self._shown = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout = timeout_seconds
         self._metrics = metrics
-        self.channel = _channel(address, max_message_bytes, timeout_seconds, tls)
+        self._spans = metrics.spans if metrics is not None else None
+        self.channel = _channel(address, max_message_bytes, timeout_seconds, tls, known_as)
         self.parcels = ParcelChannel(self.channel)
         self._lodger = Lodger(self.channel) if shares_memory else None
 
@@ -105,11 +110,11 @@ class Peer:
         """
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += self.count("sent", request)
-        with self.failures():
+        with self.span(method) as trace, self.failures():
             async with self.receiving(method) as receipts:
                 # Only now: seeking shared memory takes of the time, with a peer that hangs.
                 timeout = self.timeout() if timeout_seconds is None else min(timeout_seconds, self.timeout())
-                call = method(request, timeout=timeout, metadata=(*self.metadata(), *receipts.metadata))
+                call = method(request, timeout=timeout, metadata=(*self.metadata(trace), *receipts.metadata))
                 response = receipts.claim(await call)
                 await hop.end(call)
         hop.bytes_received += self.count("received", response)
@@ -125,17 +130,18 @@ class Peer:
         hop = hop if hop is not None else Hop()
         hop.bytes_sent += self.count("sent", request) if isinstance(request, Message | Parcel) else 0
         async with self.receiving(method) as receipts:
-            with self.failures():
-                metadata = (*self.metadata(), *receipts.metadata)
-                call = method(request, timeout=self.timeout(), metadata=metadata)
-            try:
+            with self.span(method) as trace:
                 with self.failures():
-                    async for response in call:
-                        hop.bytes_received += self.count("received", receipts.claim(response))
-                        yield response
-                    await hop.end(call)
-            finally:
-                call.cancel()
+                    metadata = (*self.metadata(trace), *receipts.metadata)
+                    call = method(request, timeout=self.timeout(), metadata=metadata)
+                try:
+                    with self.failures():
+                        async for response in call:
+                            hop.bytes_received += self.count("received", receipts.claim(response))
+                            yield response
+                        await hop.end(call)
+                finally:
+                    call.cancel()
 
     def session(self, method: Any) -> "Session[Any]":
         """A bidirectional call whose every message is answered by one; entering it opens it."""
@@ -189,9 +195,21 @@ class Peer:
             raise DeadlineExceeded(self.name, "no time was left to ask it")
         return min(self._timeout, remaining)
 
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Headers that tie the call to the current one's trace, and say who calls."""
-        return (("traceparent", current_call().trace.child().header), *self._shown)
+    @contextmanager
+    def span(self, method: Any) -> Iterator[Trace]:
+        """Around a call of ``method``: its place in the current one's trace, and a span where they are made."""
+        call, path = served_call(), "" if self._spans is None else method._method.decode().lstrip("/")
+        if self._spans is None or call is None or path.startswith(UNSEEN):
+            yield current_call().trace.child()
+            return
+        service, _, name = path.partition("/")
+        told = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "server.address": self.address}
+        with self._spans.span(path, "client", call.trace, told) as span:
+            yield span.trace
+
+    def metadata(self, trace: Trace) -> tuple[tuple[str, str], ...]:
+        """Headers that tie a call to its trace, and say who calls."""
+        return (("traceparent", trace.header), *self._shown)
 
     async def close(self) -> None:
         """Close the channel; calls under way end."""
@@ -208,10 +226,12 @@ def tls_files(authority: str, certificate: str = "", key: str = "") -> TlsFiles:
     return TlsFiles(certificate, key, authority) if authority else NO_TLS
 
 
-def _channel(address: str, max_message_bytes: int, linger_seconds: float, tls: TlsFiles) -> Any:
-    options = channel_options(max_message_bytes)
+def _channel(address: str, max_message_bytes: int, linger_seconds: float, tls: TlsFiles, known_as: str) -> Any:
+    options: list[tuple[str, Any]] = [*channel_options(max_message_bytes)]
     if not tls or address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options=options)
+    if known_as:
+        options.append(("grpc.ssl_target_name_override", known_as))
     return RenewedChannel(
         Certificates(tls), lambda credentials: grpc.aio.secure_channel(address, credentials, options), linger_seconds
     )
@@ -234,7 +254,8 @@ class Session(Generic[Response]):
         async with AsyncExitStack() as stack:
             with self._peer.failures():
                 self._receipts = await stack.enter_async_context(self._peer.receiving(self._method))
-                metadata = (*self._peer.metadata(), *self._receipts.metadata)
+                trace = stack.enter_context(self._peer.span(self._method))
+                metadata = (*self._peer.metadata(trace), *self._receipts.metadata)
                 self._call = self._method(timeout=self._peer.timeout(), metadata=metadata)
             self._call.add_done_callback(self._note_end)
             self._stack = stack.pop_all()

@@ -42,6 +42,8 @@ class ServerConfig:
     request_timeout_seconds: float = 600.0
     # How long calls under way may go on after a stop was asked for.
     drain_grace_seconds: float = 30.0
+    # How long ``/drain`` takes once new work is turned away: until load balancers have heard of it.
+    drain_settle_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class CallContext:
     deadline: float | None = None
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    # Of the device's time, what was this call's own where it shared its forwards with others; 0: nobody counted.
+    device_seconds: float = 0.0
     # On the same clock.
     begun: float = field(default_factory=time.monotonic)
 
@@ -76,7 +78,8 @@ class CallContext:
     @property
     def server_timing(self) -> str:
         """The cost as a ``Server-Timing`` header (https://www.w3.org/TR/server-timing/), in milliseconds."""
-        return f"queue;dur={self.queue_seconds * 1e3:.3f}, compute;dur={self.compute_seconds * 1e3:.3f}"
+        device = f", device;dur={self.device_seconds * 1e3:.3f}" if self.device_seconds else ""
+        return f"queue;dur={self.queue_seconds * 1e3:.3f}, compute;dur={self.compute_seconds * 1e3:.3f}{device}"
 
 
 def parse_server_timing(header: str) -> dict[str, float]:
@@ -91,6 +94,11 @@ _current: ContextVar[CallContext | None] = ContextVar("imagemesh_call", default=
 def current_call() -> CallContext:
     """The call being served; outside of one, a fresh context without limits."""
     return _current.get() or CallContext()
+
+
+def served_call() -> CallContext | None:
+    """The call being served; None outside of one."""
+    return _current.get()
 
 
 def set_current_call(call: CallContext) -> None:

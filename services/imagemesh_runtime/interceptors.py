@@ -1,7 +1,7 @@
 """What happens around every RPC of every service, outermost first:
 
-metrics -> call context (trace, deadline, Server-Timing) -> errors -> the server's own (the gateway: who asks) -> shared
-memory -> the servicer's method.
+metrics -> call context (trace, deadline, Server-Timing) -> spans, if any -> errors -> the server's own (the gateway: who
+asks) -> shared memory -> the servicer's method.
 
 A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC. It also
 parses and serialises the messages itself, so that a request that can't be parsed is an error like any other.
@@ -36,6 +36,7 @@ from imagemesh_runtime.errors import (
 from imagemesh_runtime.leases import HEADER, Leases
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import Parcel, moved
+from imagemesh_runtime.tracing import UNSEEN, Spans
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,31 @@ def context_layer(default_timeout: float) -> Layer:
         finally:
             held = call.context.trailing_metadata() or ()
             call.context.set_trailing_metadata((*held, ("server-timing", current.server_timing)))
+
+    return layer
+
+
+def spans_layer(spans: Spans) -> Layer:
+    """Make a span of the call, below the caller's, and give the call its ids; for inside of ``context_layer``."""
+
+    @asynccontextmanager
+    async def layer(call: Call) -> AsyncIterator[None]:
+        if call.service.startswith(UNSEEN):
+            yield
+            return
+        current, parent = call.context_call, Trace.parse(call.metadata.get("traceparent"))
+        told = {"rpc.system": "grpc", "rpc.service": call.service, "rpc.method": call.method}
+        with spans.span(f"{call.service}/{call.method}", "server", parent, told) as span:
+            current.trace = span.trace
+            try:
+                yield
+            finally:
+                code = call.final_code()
+                if code is not grpc.StatusCode.OK:
+                    span.fail(code.name)
+                costs = {"queue": current.queue_seconds, "compute": current.compute_seconds}
+                span.note({f"imagemesh.{name}_seconds": seconds for name, seconds in costs.items()})
+                span.note({"rpc.grpc.status_code": code.value[0]})
 
     return layer
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from imagemesh_runtime.tracing import spans_of
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
@@ -14,10 +17,15 @@ _GRPC = ("grpc_type", "grpc_service", "grpc_method")
 
 
 class Metrics:
-    """The metrics of one service. Every ``imagemesh_*`` series carries the label ``service``."""
+    """The metrics of one service, and what makes its spans.
+
+    Every ``imagemesh_*`` series carries the label ``service``.
+    """
 
     def __init__(self, service: str) -> None:
         self.service = service
+        # None: the process makes none.
+        self.spans = spans_of(service)
         self.registry = CollectorRegistry()
         self.grpc_started = self._grpc_counter("grpc_server_started", "RPCs started.")
         self.grpc_handled = self._grpc_counter("grpc_server_handled", "RPCs completed, whatever the code.", "grpc_code")
@@ -51,10 +59,17 @@ class Metrics:
             for direction in DIRECTIONS:
                 self._transport.labels(service, path, direction)  # there, at 0, before anything moved
         self._add_control()
+        self._add_routing()
+
+    def _add_routing(self) -> None:
+        self.passed_over = Counter(
+            "imagemesh_passed_over", "Times that a replica was passed over for a while, since it was away or broken.",
+            ("service", "peer"), registry=self.registry,
+        )  # fmt: skip
         self.moved = Counter(
             "imagemesh_moved_generations", "Generations that went on at another replica.", ("service",),
             registry=self.registry,
-        ).labels(service)  # fmt: skip
+        ).labels(self.service)  # fmt: skip
 
     def _add_control(self) -> None:
         self.control_stall = self._histogram(
@@ -65,6 +80,14 @@ class Metrics:
             "imagemesh_control_bytes", "Bytes of residuals that came from ControlNets.", ("service",),
             registry=self.registry,
         ).labels(self.service)  # fmt: skip
+
+    def load(self) -> "Load":
+        """What is here now."""
+        requests = int(_sum(self.pending) + _sum(self.running))
+        backlogs = [sample.value for family in self.backlog.collect() for sample in family.samples]
+        # An engine that has measured nothing yet says 0.
+        known = backlogs and (sum(backlogs) > 0 or not requests)
+        return Load(requests, sum(backlogs) if known else None)
 
     def count_transport(self, path: str, direction: str, count: int) -> None:
         """Count bytes that were ``sent`` or ``received`` as plain ``protobuf``, ``raw`` or in ``shm``."""
@@ -80,6 +103,18 @@ class Metrics:
         return Timings(
             Histogram(name, text, ("service", *labels), buckets=buckets, registry=self.registry), self.service
         )
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that wait or are in work, and the seconds that they will take; None: not known."""
+
+    requests: int
+    backlog_seconds: float | None
+
+
+def _sum(gauge: Gauge) -> float:
+    return sum(sample.value for family in gauge.collect() for sample in family.samples)
 
 
 class Timings:

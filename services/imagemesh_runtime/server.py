@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from imagemesh.v1 import transport_service_pb2_grpc
+from imagemesh.v1 import load_service_pb2_grpc, transport_service_pb2_grpc
 from imagemesh_runtime.channels import channel_options
 from imagemesh_runtime.config import ServerConfig
 from imagemesh_runtime.health import HealthServicer
@@ -22,8 +22,11 @@ from imagemesh_runtime.interceptors import (
     errors_layer,
     metrics_layer,
     shared_memory_layer,
+    spans_layer,
 )
 from imagemesh_runtime.leases import Leases
+from imagemesh_runtime.load import FULL_NAME as LOAD
+from imagemesh_runtime.load import LoadServicer
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.tls import server_certificates, server_credentials
 
@@ -60,6 +63,7 @@ class MeshServer:
         around = [
             metrics_layer(metrics),
             context_layer(config.request_timeout_seconds),
+            *([spans_layer(metrics.spans)] if metrics.spans is not None else []),
             errors_layer(self.name),
             *layers,
             shared_memory_layer(self._leases),
@@ -72,6 +76,9 @@ class MeshServer:
         routes = metrics_routes(metrics.registry, lambda: self._ready, lambda: not self._hangs)
         self.metrics_http = HttpServer(config.metrics_listen, routes)
         self.admin_http = HttpServer(config.admin_listen, admin_routes(self._drain_from_thread))
+        self.add(
+            load_service_pb2_grpc.add_LoadServiceServicer_to_server, LoadServicer(metrics, lambda: self._ready), LOAD
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_drain: list[Callable[[], Awaitable[None]]] = []
 
@@ -161,7 +168,12 @@ class MeshServer:
     def _drain_from_thread(self) -> None:
         if self._loop is None:
             raise RuntimeError("the server has not started")
-        asyncio.run_coroutine_threadsafe(self.drain(), self._loop).result(timeout=10)
+        draining = asyncio.run_coroutine_threadsafe(self._drain_and_settle(), self._loop)
+        draining.result(timeout=10 + self._config.drain_settle_seconds)
+
+    async def _drain_and_settle(self) -> None:
+        await self.drain()
+        await asyncio.sleep(self._config.drain_settle_seconds)
 
 
 def _add_reflection(names: list[str], server: Any) -> None:

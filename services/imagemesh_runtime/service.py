@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Generic, TypeVar
 
 from imagemesh.v1 import model_loading_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
+from imagemesh_runtime import logs, tracing
 from imagemesh_runtime.config import ModelServerConfig, load
 from imagemesh_runtime.findings import nothing_to_serve
 from imagemesh_runtime.lanes import Lane
@@ -38,9 +39,14 @@ class ModelServer(MeshServer, Generic[Model]):
         self._models = models
         self._given = config.models
         self._preload = [name for name in config.preload.split(",") if name]
+        self._beginnings: list[Callable[[], Awaitable[None]]] = []
         self._closers: list[Callable[[], Any]] = []
         self._lister = ModelServicer(metrics.service, models)
         self.add(model_service_pb2_grpc.add_ModelServiceServicer_to_server, self._lister, "imagemesh.v1.ModelService")
+
+    def on_start(self, begin: Callable[[], Awaitable[None]]) -> None:
+        """Await ``begin()`` before the service is ready."""
+        self._beginnings.append(begin)
 
     def on_stop(self, close: Callable[[], Any]) -> None:
         """Await ``close()`` after the server has stopped."""
@@ -59,6 +65,8 @@ class ModelServer(MeshServer, Generic[Model]):
     async def start(self) -> None:
         """Bind, load what is to be preloaded, then say that the service is ready."""
         await super().start()
+        for begin in self._beginnings:
+            await begin()
         for name in self._preload:
             await self._models.get(name)
         if not self._preload:
@@ -128,7 +136,8 @@ def set_process_defaults(log_level: str = "INFO") -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(log_level, os.environ.get("IMAGEMESH_LOG_FORMAT", "text"))
+    tracing.configure(os.environ)
 
 
 def main(cls: type[Config], create: Callable[[Config, Lane], MeshServer], file: Path | None = None) -> None:

@@ -259,6 +259,7 @@ class _Method:
 
     def __init__(self, owner: RenewedChannel, kind: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._owner, self._kind, self._args, self._options = owner, kind, args, options
+        self._method = args[0].encode()  # as gRPC's own have it
         self._channel: Any = None
         self._made: Any = None
 

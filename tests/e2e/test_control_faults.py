@@ -14,6 +14,7 @@ import pytest
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_runtime.errors import InvalidArgument, MeshError, Unavailable
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tensors import from_proto, to_proto
 from imagemesh_services.controlnet import service as controlnet
 from imagemesh_services.controlnet.config import ControlNetConfig
@@ -104,7 +105,9 @@ async def test_a_process_that_is_killed_is_replaced_by_another(tmp_path: Path) -
         for process in processes.values():
             await asyncio.to_thread(process.wait_ready)
         peers = [(await stack.enter_async_context(peering(address)))[0] for address in addresses]
-        asking = await stack.enter_async_context(open_control(ControlNets(peers), units("fake"), TOLD, 1, 30))
+        asking = await stack.enter_async_context(
+            open_control(ControlNets(Replicas(peers, 5)), units("fake"), TOLD, 1, 30)
+        )
         before = await ask(asking)
         at = asking._asked[0]._peer.address
         processes[at].process.kill()
@@ -118,7 +121,7 @@ async def test_units_are_shared_out_to_services_that_have_them_and_summed_in_the
     (tmp_path / "other").mkdir()
     os.symlink(models / "tiny-controlnet", tmp_path / "other" / "mine")
     async with steered(models) as one, steered(tmp_path / "other") as other:
-        nets = ControlNets([one.peer, other.peer])
+        nets = ControlNets(Replicas([one.peer, other.peer], 5))
         async with open_control(nets, units("mine", "tiny-controlnet", "mine"), TOLD, 1, 30) as control:
             shares = {asked._peer: list(asked.places) for asked in control._asked}
             assert shares == {one.peer: [1], other.peer: [0, 2]}
@@ -130,7 +133,7 @@ async def test_units_are_shared_out_to_services_that_have_them_and_summed_in_the
 
 async def test_units_of_services_whose_models_differ_are_not_added(models: Path) -> None:
     async with steered() as one, steered(models) as other:
-        nets = ControlNets([one.peer, other.peer])
+        nets = ControlNets(Replicas([one.peer, other.peer], 5))
         async with open_control(nets, units("fake", "tiny-controlnet"), TOLD, 1, 30) as control:
             with pytest.raises(InvalidArgument, match="ControlNets of one family"):
                 await ask(control)
@@ -138,7 +141,7 @@ async def test_units_of_services_whose_models_differ_are_not_added(models: Path)
 
 async def test_a_model_that_no_service_has_is_named(models: Path) -> None:
     async with steered() as one, steered() as other:
-        nets = ControlNets([one.peer, other.peer])
+        nets = ControlNets(Replicas([one.peer, other.peer], 5))
         async with open_control(nets, units("fake", "canny"), TOLD, 1, 30) as control:
             with pytest.raises(MeshError, match="model 'canny' not found; available: fake"):
                 await ask(control)
@@ -147,5 +150,5 @@ async def test_a_model_that_no_service_has_is_named(models: Path) -> None:
 async def test_no_service_in_reach_is_told_so(tmp_path: Path) -> None:
     async with peering(f"unix:{tmp_path}/a.sock") as (one, _), peering(f"unix:{tmp_path}/b.sock") as (other, _):
         with pytest.raises(Unavailable, match="controlnet: none of 2 can be reached"):
-            async with open_control(ControlNets([one, other]), units("fake"), TOLD, 1, 30):
+            async with open_control(ControlNets(Replicas([one, other], 5)), units("fake"), TOLD, 1, 30):
                 pass

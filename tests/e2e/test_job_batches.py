@@ -13,6 +13,7 @@ from tests.support.mesh import running_mesh
 
 JOBS, STEPS, ROWS, STARTING = 30, 20, 8, 4
 TICK = 0.04
+BACKLOG = ("imagemesh_backlog_seconds", {"queue": "diffusion"})
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ async def test_thirty_jobs_fill_the_batch_and_the_rest_of_them_wait_in_the_store
     with running_mesh(gateway, backend="fake", max_batch=str(ROWS)) as mesh:
         pending = mesh.services["diffusion"]._models._metrics.pending
         deepest, queued = 0, 0
+        metrics = mesh.gateway.metrics.registry.get_sample_value
+        each: list[float] = []  # seconds that the gateway takes a waiting job to need
         async with AsyncClient(mesh.grpc_address) as client:
             asked = (client.jobs.create("a cat", seed=i, steps=STEPS, guidance=1.0) for i in range(JOBS))
             made = await asyncio.gather(*asked)
@@ -44,9 +47,16 @@ async def test_thirty_jobs_fill_the_batch_and_the_rest_of_them_wait_in_the_store
             while not all(wait.done() for wait in waits):
                 deepest = max(deepest, int(pending._value.get()))
                 queued = max(queued, len(await client.jobs.list(["queued"], limit=JOBS)))
+                model = {"service": "gateway", "model": made[0].model}
+                waiting, seconds = metrics("imagemesh_waiting_jobs", model), metrics(*BACKLOG)
+                if waiting and seconds:
+                    each.append(seconds / waiting)
                 await asyncio.sleep(TICK)
             assert all(wait.result().images for wait in waits)
+        assert metrics("imagemesh_waiting_jobs", model) == metrics(*BACKLOG) == 0
     assert sum(batches) == JOBS * STEPS
+    # Of a forward's time each has its share. The first to be done had it with few others.
+    assert 0.5 <= min(each) / (STEPS * TICK / ROWS) <= 3
     assert max(batches) == ROWS
     assert deepest <= STARTING
     assert queued >= JOBS - 2 * (ROWS + STARTING)

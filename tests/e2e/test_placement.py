@@ -12,12 +12,12 @@ import pytest
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_gateway.placement import MAX_MOVES, sample
-from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.client import Hop, Peer
 from imagemesh_runtime.context import CallContext, set_current_call
 from imagemesh_runtime.errors import Deadly, Hangs, InvalidArgument, MeshError, Overloaded, Unavailable
 from imagemesh_runtime.interceptors import LayeredInterceptor, errors_layer
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.replicas import Replicas
 
 Behaviour = Callable[[pb.SampleRequest], AsyncIterator[pb.SampleResponse]]
 CHECKPOINT = pb.SampleCheckpoint(evaluation=3, fingerprint="f")

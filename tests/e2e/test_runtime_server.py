@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import grpc
@@ -132,6 +133,18 @@ async def test_the_admin_port_drains_while_a_running_stream_ends_well(method: st
         slow.go.set()
         assert (await call.read()).value == "last"
         assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_draining_lasts_until_load_balancers_have_heard_and_whoever_comes_meanwhile_is_served() -> None:
+    async with echoing(drain_settle_seconds=0.5) as (server, stub), asyncio.timeout(20):
+        begun = time.monotonic()
+        draining = asyncio.create_task(http(server.admin_http.address, "/drain"))
+        while server.ready:
+            await asyncio.sleep(0.01)
+        assert (await stub.unary(HELLO)).value == "hello"
+        assert not draining.done()
+        assert (await draining)[0] == 200
+        assert time.monotonic() - begun >= 0.5
 
 
 async def test_who_may_scrape_cannot_drain() -> None:

@@ -16,6 +16,8 @@ from imagemesh_runtime.server import LIVENESS, READINESS
 from tests.support.manifests import COMBINATIONS, K8S, check, containers, environment, find, render, templates
 
 ROOMS = {"gateway": GATEWAY, **SERVICES}
+# What a process has for itself, whatever it serves.
+PROCESS = {"IMAGEMESH_LOG_FORMAT", "IMAGEMESH_TRACES", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 DEVICES = {"nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe"}
 combinations = pytest.mark.parametrize("folder", COMBINATIONS, ids=lambda path: path.name)
 
@@ -80,7 +82,7 @@ def test_every_variable_is_a_setting_of_that_service_and_its_value_is_taken(fold
     for name, one in ours(folder):
         known = set(ROOMS[name].config().__dataclass_fields__)
         scope = f"IMAGEMESH_{name.replace('-', '_').upper()}_"
-        for variable in environment(one):
+        for variable in environment(one).keys() - PROCESS:
             assert variable.removeprefix(scope).removeprefix("IMAGEMESH_").lower() in known, variable
         config(name, one)
 
@@ -117,8 +119,21 @@ def test_calls_under_way_have_their_time_and_the_gateway_outlives_the_services(f
         for one in template["spec"]["containers"]:
             if (name := one["name"]) in ROOMS:
                 graces[name] = template["spec"]["terminationGracePeriodSeconds"]
-                assert graces[name] > config(name, one).drain_grace_seconds + 10  # the hook's own
+                settings = config(name, one)
+                assert settings.drain_settle_seconds >= 3, "SIGTERM would come before the endpoints have changed"
+                assert graces[name] >= settings.drain_grace_seconds + settings.drain_settle_seconds + 10
     assert graces["gateway"] >= max(graces.values())
+
+
+@combinations
+def test_the_gateway_has_memory_for_the_bodies_that_it_takes(folder: Path) -> None:
+    units = {"Mi": 1 << 20, "Gi": 1 << 30}
+    for name, one in ours(folder):
+        if name == "gateway":
+            settings, limit = config(name, one), one["resources"]["limits"]["memory"]
+            assert settings.max_http_held_bytes >= 4 * settings.max_http_body_bytes
+            held = int(limit[:-2]) * units[limit[-2:]] - (1 << 29)  # half a GiB: libraries, pictures on their way
+            assert 4 * settings.max_http_held_bytes <= held
 
 
 @combinations
@@ -151,13 +166,11 @@ def test_every_address_leads_to_a_service_with_pods(folder: Path) -> None:
     there = reachable(folder)
     settings = {name: config(name, one) for name, one in ours(folder)}
     gateway = settings["gateway"]
-    for address in (gateway.text_encoder, gateway.vae, gateway.controlnet, gateway.vit):
+    for address in (gateway.text_encoder, gateway.diffusion, gateway.vae, gateway.controlnet, gateway.vit):
         assert address.removeprefix("dns:///") in there
-    for number, address in enumerate(gateway.diffusion.split(",")):
-        assert address.startswith(f"diffusion-{number}.")
-        assert address.partition(".")[2] in there
+        assert address.startswith("dns:///"), "of one address there is one channel, and so one replica"
     together = any(len(template["spec"]["containers"]) > 1 for _, template in templates(render(folder)))
-    assert settings["diffusion"].controlnet in ({"127.0.0.1:50054"} if together else there)
+    assert settings["diffusion"].controlnet == "127.0.0.1:50054" if together else "dns:///controlnet-replicas:50054"
 
 
 @combinations
@@ -174,14 +187,9 @@ def test_whatever_selects_pods_selects_some_and_each_service_may_be_disrupted_on
 @combinations
 def test_what_is_scaled_is_there_and_has_no_number_of_its_own(folder: Path) -> None:
     there = {(one["kind"], one["metadata"]["name"]): one for one in find(render(folder), "Deployment", "StatefulSet")}
-    scaled = {}
     for one in find(render(folder), "ScaledObject", "HorizontalPodAutoscaler"):
         target = one["spec"]["scaleTargetRef"]
         assert "replicas" not in there[target["kind"], target["name"]]["spec"]
-        scaled[target["name"]] = one["spec"].get("maxReplicas", one["spec"].get("maxReplicaCount"))
-    gateway = next(config(name, one) for name, one in ours(folder) if name == "gateway")
-    most = scaled.get("diffusion", there["StatefulSet", "diffusion"]["spec"].get("replicas"))
-    assert len(gateway.diffusion.split(",")) == most, "the gateway can use no sampler that it isn't told of"
 
 
 def devices(folder: Path) -> dict[str, set[str]]:

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -56,8 +58,17 @@ def queries() -> dict[str, str]:
             found[f"ScaledObject {one['metadata']['name']}"] = trigger["metadata"]["query"]
     for one in find(render(K8S / "tests" / "hpa-mixed"), "HorizontalPodAutoscaler"):
         for metric in one["spec"]["metrics"]:
-            found[f"HPA {one['metadata']['name']}"] = metric["pods"]["metric"]["name"]
+            asked = asks(metric)["metric"]
+            chosen = ",".join(
+                f'{key}="{value}"' for key, value in asked.get("selector", {}).get("matchLabels", {}).items()
+            )
+            found[f"HPA {one['metadata']['name']}"] = asked["name"] + (f"{{{chosen}}}" if chosen else "")
     return found
+
+
+def asks(metric: Any) -> Any:
+    """What an autoscaler's metric is about: the pods that it scales, or the namespace."""
+    return metric[metric["type"].lower()]
 
 
 def test_every_name_in_a_query_is_exported_or_recorded(exported: dict[str, set[str]]) -> None:
@@ -89,7 +100,7 @@ def test_every_metric_of_the_mesh_is_asked_for(exported: dict[str, set[str]]) ->
 def test_labels_that_queries_choose_by_are_there(exported: dict[str, set[str]]) -> None:
     for who, query in queries().items():
         for name, chosen in LABEL.findall(query):
-            labels = set(re.findall(r"([a-z_]+)\s*[=!]", chosen))
+            labels = set(re.findall(r"([a-z_]+)\s*[=!]", chosen)) - {"namespace"}  # which Prometheus adds
             if exported.get(name):  # a counter of calls has no series before the first
                 assert labels <= exported[name], f"{who}: {name} has {exported[name]}"
 
@@ -100,10 +111,13 @@ def test_what_is_generated_is_what_is_committed() -> None:
 
 
 def test_the_adapter_serves_what_the_autoscalers_read() -> None:
-    (rule,) = yaml.safe_load((PROMETHEUS / "adapter.yaml").read_text())["rules"]
-    pattern = re.compile(re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])[1])  # type: ignore[index]
-    for name in (query for who, query in queries().items() if who.startswith("HPA")):
-        assert pattern.fullmatch(name)
+    adapter = yaml.safe_load((PROMETHEUS / "adapter.yaml").read_text())
+    served = {}
+    for kind, (rule,) in {"Pods": adapter["rules"], "External": adapter["externalRules"]}.items():
+        served[kind] = re.compile(re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])[1])  # type: ignore[index]
+    for one in find(render(K8S / "tests" / "hpa-mixed"), "HorizontalPodAutoscaler"):
+        for metric in one["spec"]["metrics"]:
+            assert served[metric["type"]].fullmatch(asks(metric)["metric"]["name"])
 
 
 def test_keda_and_the_hpa_agree_on_targets_and_every_query_answers_one_number() -> None:
@@ -118,9 +132,25 @@ def test_keda_and_the_hpa_agree_on_targets_and_every_query_answers_one_number() 
     assert set(keda) == set(hpas)
     for name, (trigger,) in keda.items():
         (metric,) = hpas[name]
-        assert trigger["metadata"]["threshold"] == metric["pods"]["target"]["averageValue"]
-        assert re.fullmatch(r"sum\([a-z_]+\{[a-z]+=\"[a-z-]+\"\}\)", trigger["metadata"]["query"])
-        assert metric["pods"]["metric"]["name"] in trigger["metadata"]["query"]
+        assert trigger["metadata"]["threshold"] == asks(metric)["target"]["averageValue"]
+        query = re.fullmatch(
+            r'sum\(([a-z_]+)\{[a-z]+="[a-z-]+",namespace="imagemesh"\}\)', trigger["metadata"]["query"]
+        )
+        assert query is not None
+        assert query[1] == asks(metric)["metric"]["name"]
+
+
+def test_keda_asks_for_its_own_namespace_however_that_is_called(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay = tmp_path / "k8s" / "overlays" / "prod"
+    text = (overlay / "kustomization.yaml").read_text().replace("namespace: imagemesh", "namespace: staging")
+    (overlay / "kustomization.yaml").write_text(text)
+    found = list(find(render(overlay), "ScaledObject"))
+    assert found
+    for one in found:
+        assert one["metadata"]["namespace"] == "staging"
+        for trigger in one["spec"]["triggers"]:
+            assert 'namespace="staging"' in trigger["metadata"]["query"]
 
 
 def promtool(*arguments: object) -> str:

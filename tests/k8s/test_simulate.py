@@ -55,6 +55,14 @@ def test_no_request_is_lost_and_none_is_quicker_than_its_work() -> None:
     assert max(moment.replicas for moment in run.moments) <= POLICY.most
 
 
+def test_what_waits_in_the_gateways_store_counts() -> None:
+    at_once = [0.0] * 200  # of which a replica is handed 8, or 16 s of work: less than the target
+    run = simulate(at_once, 2, 60, POLICY)
+    assert len(run.times) == len(at_once)
+    assert max(moment.replicas for moment in run.moments) > 1
+    assert run.moments[0].backlog == pytest.approx(400 - 1)
+
+
 def test_one_replica_that_keeps_up_answers_at_once() -> None:
     run = simulate([0.0, 100.0, 200.0], 10, 60, POLICY)
     assert run.quantile(1) <= 11
@@ -69,7 +77,7 @@ def test_the_manifests_have_the_settings_that_are_simulated() -> None:
         if one["metadata"]["name"] == "diffusion"
     ]
     up, down = hpa["spec"]["behavior"]["scaleUp"], hpa["spec"]["behavior"]["scaleDown"]
-    assert hpa["spec"]["metrics"][0]["pods"]["target"] == {
+    assert hpa["spec"]["metrics"][0]["external"]["target"] == {
         "type": "AverageValue",
         "averageValue": str(int(policy.target)),
     }

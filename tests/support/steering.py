@@ -12,6 +12,7 @@ from imagemesh.v1 import diffusion_service_pb2
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.leases import Lease
 from imagemesh_runtime.metrics import DIRECTIONS, PATHS, Metrics
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tensors import to_proto
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.service import create
@@ -81,7 +82,7 @@ def steer(
     units = [
         diffusion_service_pb2.ControlUnit(model=model, image=picture, scale=scale, guess_mode=guess) for scale in scales
     ]
-    return open_control(ControlNets([peer]), units, TOLD, 1, 30, rounding)
+    return open_control(ControlNets(Replicas([peer], 5)), units, TOLD, 1, 30, rounding)
 
 
 @asynccontextmanager

@@ -66,7 +66,7 @@ def test_every_backend_is_a_file_or_a_package_and_a_row(room: Path):
 
 
 def test_every_service_has_a_proto_of_its_own():
-    others = {"gateway", "job", "model", "model_loading", "preprocess", "reference", "search", "transport"}
+    others = {"gateway", "job", "load", "model", "model_loading", "preprocess", "reference", "search", "transport"}
     names = {room.name for room in ROOMS} | others
     assert {path.stem for path in PROTOS if path.stem.endswith("_service")} == {f"{name}_service" for name in names}
 

@@ -40,6 +40,20 @@ class NewJob:
     # Whose it is, and the id of the key that it was made with; empty where keys are off.
     tenant: str = ""
     owner: str = ""
+    # What it samples with, and how much: ``costs.amount``.
+    model: str = ""
+    amount: float = 0.0
+    # The trace that it goes on with, as a traceparent header has it.
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The queued jobs of one model, and how much they are to sample together."""
+
+    model: str
+    jobs: int
+    amount: float
 
 
 @dataclass(frozen=True)
@@ -67,3 +81,4 @@ class Record:
     result: bytes | None
     # Whose it is.
     tenant: str
+    trace: str

@@ -4,18 +4,20 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 
 import grpc
 
 from imagemesh.v1 import gateway_service_pb2
 from imagemesh.v1 import job_service_pb2 as pb
 from imagemesh_gateway.jobs.board import Board, Running
-from imagemesh_gateway.jobs.record import Record
+from imagemesh_gateway.jobs.record import Record, Waiting
+from imagemesh_gateway.jobs.store import Store
 from imagemesh_gateway.jobs.store_thread import StoreThread
-from imagemesh_runtime.context import CallContext, set_current_call
+from imagemesh_runtime.context import CallContext, Trace, set_current_call
 from imagemesh_runtime.errors import DeadlineExceeded, Deadly, InternalError, MeshError, Unavailable
+from imagemesh_runtime.tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +38,29 @@ class Runner:
 
     Args:
         at_a_time: most jobs in work.
-        starting: most of them of which nothing is sampled yet; the others wait in the store, where they can be put in
-            order, cancelled and found again after a crash.
+        starting: answers how many of them may be such that nothing is sampled of yet; the others wait in the store,
+            where they can be put in order, cancelled and found again after a crash.
+        tell_waiting: is told what waits there, whenever that changes.
+        spans: makes one of each attempt; None: nobody wants them.
     """
 
-    def __init__(self, store: StoreThread, board: Board, generate: Generate, at_a_time: int, starting: int) -> None:
+    def __init__(
+        self,
+        store: StoreThread,
+        board: Board,
+        generate: Generate,
+        at_a_time: int,
+        starting: Callable[[], int],
+        tell_waiting: Callable[[Sequence[Waiting]], None],
+        spans: Spans | None = None,
+    ) -> None:
+        self._spans = spans
         self._store = store
         self._board = board
         self._generate = generate
         self._at_a_time = at_a_time
         self._starting = starting
+        self._tell_waiting = tell_waiting
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -79,6 +94,7 @@ class Runner:
                     if record is None:
                         break
                     self._begin(record)
+                self._tell_waiting(await self._store(Store.waiting))
                 at = await self._store(lambda store: store.next_event())
             except Exception:
                 log.exception("the store of jobs failed; trying again")
@@ -91,7 +107,7 @@ class Runner:
 
     def _has_room(self) -> bool:
         running = self._board.running.values()
-        return len(running) < self._at_a_time and sum(not one.begun for one in running) < self._starting
+        return len(running) < self._at_a_time and sum(not one.begun for one in running) < self._starting()
 
     async def _tidy(self) -> None:
         """Fail what waited too long, forget what was kept long enough, and put back what a full disk left behind."""
@@ -136,7 +152,13 @@ class Runner:
 
     async def _result(self, running: Running, remaining: float | None) -> gateway_service_pb2.GenerateResult:
         record = running.record
-        set_current_call(CallContext(deadline=None if remaining is None else time.monotonic() + remaining))
+        deadline = None if remaining is None else time.monotonic() + remaining
+        with self._trace(record) as trace:
+            set_current_call(CallContext(trace, deadline))
+            return await self._made(running)
+
+    async def _made(self, running: Running) -> gateway_service_pb2.GenerateResult:
+        record = running.record
         data = await self._store(lambda store: store.request(record.id))
         request = gateway_service_pb2.GenerateRequest.FromString(data)
         async with aclosing(self._generate(record.id, request)) as events:
@@ -152,6 +174,17 @@ class Runner:
                         running.begun = True
                         self.wake()
         raise Unavailable("gateway", "ended the generation without a result")
+
+    @contextmanager
+    def _trace(self, record: Record) -> Iterator[Trace]:
+        """An attempt belongs to the trace of whoever created the job."""
+        parent = Trace.parse(record.trace)
+        if self._spans is None:
+            yield parent.child() if parent else Trace.start()
+            return
+        told: dict[str, str | int] = {"imagemesh.job": record.id, "imagemesh.attempt": record.fence}
+        with self._spans.span("job", "internal", parent, told) as span:
+            yield span.trace
 
     async def _retry_or_fail(self, record: Record, error: MeshError) -> None:
         """A service that is away or full may be back later; the job has time, unless it has a deadline.

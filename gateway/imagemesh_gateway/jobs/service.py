@@ -4,11 +4,13 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from prometheus_client import Gauge
 
 from imagemesh.v1 import gateway_service_pb2
 from imagemesh.v1 import job_service_pb2 as pb
@@ -17,7 +19,7 @@ from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.jobs.board import Board
 from imagemesh_gateway.jobs.messages import job_message, states
-from imagemesh_gateway.jobs.record import Record, State
+from imagemesh_gateway.jobs.record import Record, State, Waiting
 from imagemesh_gateway.jobs.runner import Runner
 from imagemesh_gateway.jobs.store import Store
 from imagemesh_gateway.jobs.store_thread import StoreThread
@@ -50,8 +52,18 @@ class Jobs:
         self._store = StoreThread()
         self.admission = Admission(self._store)
         self._board = Board()
-        starting = config.max_starting_jobs * len(mesh.diffusion.peers)
-        self._runner = Runner(self._store, self._board, self._generate, config.max_running_jobs, starting)
+        self._runner = Runner(
+            self._store, self._board, self._generate, config.max_running_jobs,
+            starting=lambda: config.max_starting_jobs * max(len(mesh.diffusion.peers), 1),
+            tell_waiting=self._tell_waiting, spans=metrics.spans,
+        )  # fmt: skip
+        self._waiting = Gauge(
+            "imagemesh_waiting_jobs", "Jobs that wait in the gateway's store.", ("service", "model"),
+            registry=metrics.registry,
+        )  # fmt: skip
+        # The samplers tell of the rest of it.
+        self._backlog = metrics.backlog.labels(mesh.diffusion.name)
+        self._told_models: set[str] = set()
         self._passing: TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
@@ -165,6 +177,15 @@ class Jobs:
             self._board.tell_waiting()
             self._runner.wake()
         return await self._describe(await self._find(job))
+
+    def _tell_waiting(self, waiting: Sequence[Waiting]) -> None:
+        found = {one.model: one.jobs for one in waiting}
+        for model in self._told_models - set(found):
+            self._waiting.labels(self._metrics.service, model).set(0)
+        for model, jobs in found.items():
+            self._waiting.labels(self._metrics.service, model).set(jobs)
+        self._told_models |= set(found)
+        self._backlog.set(self._mesh.costs.seconds((one.model, one.amount) for one in waiting))
 
     async def _with_key(self, key: str | None) -> Record | None:
         tenant = current_caller().tenant

@@ -10,7 +10,7 @@ from typing import Any
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.jobs.files import PictureFiles
-from imagemesh_gateway.jobs.record import NewJob, Record, State
+from imagemesh_gateway.jobs.record import NewJob, Record, State, Waiting
 from imagemesh_runtime.errors import FailedPrecondition
 
 _SCHEMA = """
@@ -37,13 +37,16 @@ CREATE TABLE IF NOT EXISTS jobs (
   result BLOB,
   tenant TEXT NOT NULL DEFAULT '',
   owner TEXT NOT NULL DEFAULT '',
+  model TEXT NOT NULL DEFAULT '',
+  amount REAL NOT NULL DEFAULT 0,
+  trace TEXT NOT NULL DEFAULT '',
   UNIQUE (tenant, key)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS jobs_by_turn ON jobs (state, due, seq);
 CREATE INDEX IF NOT EXISTS jobs_by_expiry ON jobs (expires);
 CREATE TABLE IF NOT EXISTS usage (owner TEXT PRIMARY KEY, day INTEGER NOT NULL, used INTEGER NOT NULL) STRICT;
 """
-_VERSION = 2
+_VERSION = 3
 # Version 1 knew no tenants; of a table's constraints SQLite changes none.
 _FROM_1 = """
 ALTER TABLE jobs RENAME TO jobs_1;
@@ -51,12 +54,18 @@ DROP INDEX jobs_by_turn;
 DROP INDEX jobs_by_expiry;
 """
 _MOVE_1 = """
-INSERT INTO jobs SELECT *, '', '' FROM jobs_1;
+INSERT INTO jobs SELECT *, '', '', '', 0, '' FROM jobs_1;
 DROP TABLE jobs_1;
+"""
+# Version 2 knew neither what there is to sample, nor traces.
+_FROM_2 = """
+ALTER TABLE jobs ADD COLUMN model TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN amount REAL NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN trace TEXT NOT NULL DEFAULT '';
 """
 _FIELDS = (
     "seq, id, state, fence, failures, digest, summary, created, due, started, finished, deadline, expires, "
-    "error_code, error_message, result, tenant"
+    "error_code, error_message, result, tenant, trace"
 )
 
 
@@ -103,10 +112,12 @@ class Store:
         """The job that has this key already, and True; or the new job, and False."""
         cursor = self._db.execute(
             "INSERT INTO jobs (id, key, digest, request, summary, state, created, due, deadline, retention, tenant, "
-            "owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, key) DO NOTHING",
+            "owner, model, amount, trace) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (tenant, key) DO NOTHING",
             (
                 job.id, job.key, job.digest, job.request, job.summary, State.QUEUED,
                 job.created, job.due, job.deadline, job.retention, job.tenant, job.owner,
+                job.model, job.amount, job.trace,
             ),
         )  # fmt: skip
         existed = cursor.rowcount == 0
@@ -163,6 +174,13 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    def waiting(self) -> list[Waiting]:
+        """What waits, model by model."""
+        rows = self._db.execute(
+            "SELECT model, count(*), sum(amount) FROM jobs WHERE state = ? GROUP BY model", (State.QUEUED,)
+        )
+        return [Waiting(*row) for row in rows]
 
     def position(self, record: Record) -> int:
         """How many go before a queued job."""
@@ -288,7 +306,7 @@ class Store:
         if version > _VERSION:
             self.close()
             raise FailedPrecondition(f"jobs_folder {folder} was made by a later version of imagemesh")
-        before, after = (_FROM_1, _MOVE_1) if version == 1 else ("", "")
+        before, after = {1: (_FROM_1, _MOVE_1), 2: (_FROM_2, "")}.get(version, ("", ""))
         self._db.executescript(f"BEGIN IMMEDIATE;{before}{_SCHEMA}{after}PRAGMA user_version = {_VERSION};COMMIT;")
 
     def _recover(self) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from imagemesh.v1 import gateway_service_pb2, job_service_pb2, priority_pb2
 from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.costs import amount
 from imagemesh_gateway.jobs.record import NewJob
 from imagemesh_gateway.plan import Plan
+from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import InvalidArgument
 
 MAX_KEY_CHARACTERS = 200
@@ -72,6 +74,9 @@ def new_job(terms: Terms, request: gateway_service_pb2.GenerateRequest, plan: Pl
         retention=terms.retention,
         tenant=caller.tenant,
         owner=caller.id,
+        model=plan.model,
+        amount=amount(plan),
+        trace=current_call().trace.header,
     )
 
 

@@ -17,7 +17,8 @@ class DiffusionConfig(ModelServerConfig):
     max_batch: int = 32
     # Where `imagemesh tune` keeps what it measured; empty: in a file of the user's state.
     knees_file: str = ""
-    # Where the ControlNet service is, or several, joined by commas; empty: requests with control units are refused.
+    # Where the ControlNet service is, or several, joined by commas; dns:///host:port is one at every address of that
+    # name; empty: requests with control units are refused.
     controlnet: str = ""
     # The device is taken to hang when a tick takes longer than so many seconds and so many times what such ticks were
     # measured to take; 0 seconds: never.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -135,6 +135,7 @@ class _Asked:
         self._timeout = timeout
         self._rounding = rounding
         self._session: Session[Answer] | None = None
+        self._work = ExitStack()
         self._told: Told | None = None
 
     @property
@@ -224,7 +225,10 @@ class _Asked:
         """Begin a session with the best of the peers that are left; what holds until more is told is sent now, once."""
         stub = rpc.ControlNetServiceStub(self._peer.parcels)
         session: Session[Answer] = self._peer.session(stub.Control)
-        await session.__aenter__()
+        with ExitStack() as work:
+            work.enter_context(self._nets.work_on(self._peer))
+            await session.__aenter__()
+            self._work = work.pop_all()
         self._session = session
         parcel = Parcel[pb.ControlRequest]()
         units = [
@@ -254,7 +258,8 @@ class _Asked:
         """End the session: with an error at once, else with a good-bye."""
         session, self._session = self._session, None
         if session is not None:
-            await session.__aexit__(None if error is None else type(error), error, None)
+            with self._work:
+                await session.__aexit__(None if error is None else type(error), error, None)
 
 
 @asynccontextmanager

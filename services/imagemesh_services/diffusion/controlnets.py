@@ -1,17 +1,19 @@
 """The ControlNet services that the sampler knows, and which of them is asked for which units."""
 
 import asyncio
-import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import grpc
 
 from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.errors import MeshError, Unavailable
+from imagemesh_runtime.replicas import Replicas
 
 # What another replica may do better.
 _ELSEWHERE: Final = (
@@ -21,7 +23,6 @@ _ELSEWHERE: Final = (
 )
 _LISTED_SECONDS: Final = 10.0  # a list of models is believed for so long
 _LISTING_SECONDS: Final = 5.0
-_REST_SECONDS: Final = 5.0  # a peer that failed is passed over for so long, if there is another
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Share:
 class ControlNets:
     """One ControlNet service, or several that may have the same models or others."""
 
-    def __init__(self, peers: Sequence[Peer]) -> None:
-        self.peers = peers
-        self._failed_at: dict[Peer, float] = {}
-        self._listed: dict[Peer, tuple[float, frozenset[str]]] = {}
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+        self._failed_at: WeakKeyDictionary[Peer, float] = WeakKeyDictionary()
+        self._listed: WeakKeyDictionary[Peer, tuple[float, frozenset[str]]] = WeakKeyDictionary()
 
     async def share(self, models: Sequence[str]) -> list[Share]:
         """Which peers to ask for units of these models: as few as can be, in the order of the units.
@@ -49,8 +50,8 @@ class ControlNets:
             Unavailable: none can be reached.
         """
         places = list(range(len(models)))
-        if len(self.peers) == 1:
-            return [Share(places, self.peers)]
+        if len(self._replicas.peers) == 1:
+            return [Share(places, self._replicas.peers)]
         served = await self._served()
         shares = []
         while places:
@@ -67,19 +68,21 @@ class ControlNets:
         elsewhere = error.code in _ELSEWHERE
         if elsewhere:
             self._failed_at[peer] = time.monotonic()
+            self._replicas.note_failure(peer)
         return elsewhere
 
-    async def _served(self) -> Mapping[Peer, frozenset[str]]:
-        """The models of each peer that can be reached; those that failed a moment ago come last."""
-        found = await asyncio.gather(*(self._models(peer) for peer in self.peers))
-        served = {peer: names for peer, names in zip(self.peers, found, strict=True) if names is not None}
-        if not served:
-            raise Unavailable(self.peers[0].name, f"none of {len(self.peers)} can be reached")
-        order = random.sample(list(served), len(served))
-        return {peer: served[peer] for peer in sorted(order, key=self._rests)}
+    def work_on(self, peer: Peer) -> AbstractContextManager[None]:
+        """Around a session, so that others are shared out accordingly; raises ``Unavailable`` if it has gone."""
+        return self._replicas.work_on(peer)
 
-    def _rests(self, peer: Peer) -> bool:
-        return time.monotonic() - self._failed_at.get(peer, -_REST_SECONDS) < _REST_SECONDS
+    async def _served(self) -> Mapping[Peer, frozenset[str]]:
+        """The models of each peer that can be reached, in the order in which they are best asked."""
+        peers = self._replicas.peers
+        found = await asyncio.gather(*(self._models(peer) for peer in peers))
+        served = {peer: names for peer, names in zip(peers, found, strict=True) if names is not None}
+        if not served:
+            raise Unavailable(self._replicas.name, f"none of {len(peers)} can be reached")
+        return {peer: served[peer] for peer in self._replicas.ranked(list(served))}
 
     async def _models(self, peer: Peer) -> frozenset[str] | None:
         now = time.monotonic()
@@ -95,7 +98,3 @@ class ControlNets:
         names = frozenset(one.name for one in answer.models)
         self._listed[peer] = (now, names)
         return names
-
-    async def close(self) -> None:
-        """Close the channels."""
-        await asyncio.gather(*(peer.close() for peer in self.peers))

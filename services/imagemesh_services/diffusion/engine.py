@@ -350,6 +350,7 @@ class Engine:
         self._metrics.step.observe(tick.forward)
         self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
+        pictures = sum(len(one.inputs.seeds) for one in batch)
         for generation, outcome in zip(batch, tick.outcomes, strict=True):
             generation.last_tick = number
             if generation.residuals is not None:
@@ -360,6 +361,7 @@ class Engine:
                 generation.residuals, generation.steered = None, False
             generation.call.queue_seconds += tick.queue
             generation.call.compute_seconds += shared + outcome.seconds
+            generation.call.device_seconds += tick.compute * len(generation.inputs.seeds) / pictures
             if generation.gone or outcome.late:
                 continue
             for event in outcome.events:

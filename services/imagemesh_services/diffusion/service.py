@@ -2,6 +2,7 @@
 
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_runtime.client import Peer
+from imagemesh_runtime.discovery import Discovery
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.registry import LoadedModels
@@ -21,14 +22,20 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     server = ModelServer(config, metrics, models)
     controlnets = None
     if config.controlnet:
-        controlnets = ControlNets([
-            Peer(
+
+        files = peer_files(config)
+
+        def connect(address: str, known_as: str) -> Peer:
+            return Peer(
                 "controlnet", address, max_message_bytes=config.max_message_bytes, metrics=metrics,
-                shares_memory=config.shared_memory_bytes > 0, tls=peer_files(config),
-            )
-            for address in config.controlnet.split(",")
-        ])  # fmt: skip
-        server.on_stop(controlnets.close)
+                shares_memory=config.shared_memory_bytes > 0, tls=files, known_as=known_as,
+            )  # fmt: skip
+
+        passed_over = metrics.passed_over.labels(metrics.service, "controlnet")
+        found = Discovery("controlnet", config.controlnet, connect, note_rest=passed_over.inc)
+        controlnets = ControlNets(found.replicas)
+        server.on_start(found.start)
+        server.on_stop(found.close)
     servicer = DiffusionServicer(config, models, controlnets, metrics)
     server.on_describe(servicer.describe)
     servicer.engine.watchdog.on_change.append(server.set_hangs)

@@ -20,9 +20,9 @@ from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_gateway.http_job_events import _tell_socket
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_gateway.replicas import Replicas
 from imagemesh_runtime.errors import Unavailable
 from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.replicas import Replicas
 
 
 @pytest.mark.parametrize(

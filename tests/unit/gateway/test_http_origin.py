@@ -25,7 +25,7 @@ def client(calls: list[str]) -> TestClient:
 
     app.add_api_route("/change", change, methods=["POST", "DELETE", "GET"])
     metrics = Metrics("gateway")
-    guard = Guard(app, metrics, HttpLimits(4, 4, 1000, 5.0, 5.0), Door(GatewayConfig(), metrics))
+    guard = Guard(app, metrics, HttpLimits(4, 4, 1000, 4000, 5.0, 5.0), Door(GatewayConfig(), metrics))
     return TestClient(guard, base_url="http://mesh:7860")
 
 

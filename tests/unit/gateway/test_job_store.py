@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.config import GatewayConfig
-from imagemesh_gateway.jobs.record import NewJob, State
+from imagemesh_gateway.jobs.record import NewJob, State, Waiting
 from imagemesh_gateway.jobs.service import folder_of
 from imagemesh_gateway.jobs.store import Store
 from imagemesh_runtime.errors import FailedPrecondition
@@ -93,6 +93,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FailedPrecondition, match="file/jobs can't be used"):
         Store(tmp_path / "file" / "jobs")
+
+
+def test_what_waits_is_told_model_by_model(store: Store) -> None:
+    assert store.waiting() == []
+    for i, (model, amount) in enumerate([("a", 1.5), ("b", 4.0), ("a", 2.0)]):
+        store.add(replace(JOB, id=f"a{i}", due=float(i), model=model, amount=amount))
+    assert store.waiting() == [Waiting("a", 2, 3.5), Waiting("b", 1, 4.0)]
+    store.claim(2.0)
+    assert store.waiting() == [Waiting("a", 1, 2.0), Waiting("b", 1, 4.0)]
+
+
+def test_an_earlier_versions_store_is_taken_over_with_its_jobs(store: Store, tmp_path: Path) -> None:
+    store.add(JOB)
+    for column in ("model", "amount", "trace"):
+        store._db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+    store._db.execute("PRAGMA user_version = 1")
+    store.close()
+    later = Store(tmp_path)
+    try:
+        assert later.waiting() == [Waiting("", 1, 0.0)]
+        later.add(replace(JOB, id="a1", model="m", amount=2.0))
+        assert later.waiting() == [Waiting("", 1, 0.0), Waiting("m", 1, 2.0)]
+    finally:
+        later.close()
 
 
 def test_a_later_versions_store_is_left_alone(store: Store, tmp_path: Path) -> None:
