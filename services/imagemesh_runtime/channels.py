@@ -8,9 +8,9 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     """
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        # A peer that was away for long is found again within seconds; gRPC's own limit is minutes.
+        # A peer that was away for long is found again within a second; gRPC's own limit is minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
