@@ -21,11 +21,12 @@ _RETRY_SECONDS: Final = 5.0
 
 
 def work_of(plan: Plan) -> int:
-    """Pixels x steps of all its pictures; with ``hires`` those of both passes."""
+    """Pixels x steps of all its pictures: those of both passes of ``hires``, and of all retries of ``keep``."""
     once = plan.width * plan.height * plan.steps
     if plan.hires is not None:
         once += plan.hires.width * plan.hires.height * plan.hires.steps
-    return once * len(plan.seeds)
+    attempts = 1 + (plan.look.keep.retries if plan.look.keep is not None else 0)
+    return once * len(plan.seeds) * attempts
 
 
 class Admission:

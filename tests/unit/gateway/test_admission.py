@@ -14,6 +14,7 @@ from imagemesh_gateway.access.caller import ANYBODY, Caller, set_current_caller
 from imagemesh_gateway.jobs.record import NewJob, State
 from imagemesh_gateway.jobs.store import Store
 from imagemesh_gateway.jobs.store_thread import StoreThread
+from imagemesh_gateway.looks import KeepPlan, LookPlan
 from imagemesh_gateway.modes import HiresPlan
 from imagemesh_gateway.plan import Plan
 from imagemesh_runtime.errors import OverLimit, PermissionDenied
@@ -52,6 +53,8 @@ def test_the_work_of_both_passes_and_all_pictures_counts() -> None:
     assert work_of(PLAN) == WORK
     hires = HiresPlan(width=128, height=64, upscaler="Latent", steps=5, strength=0.5, scheduler="")
     assert work_of(replace(PLAN, hires=hires)) == WORK + 128 * 64 * 5 * 2
+    keep = LookPlan(classifier="vit", keep=KeepPlan("cat", 1, 0.0, retries=3))
+    assert work_of(replace(PLAN, look=keep)) == 4 * WORK
 
 
 async def test_a_days_work_is_used_up_by_jobs_and_by_calls_and_outlives_the_gateway(
