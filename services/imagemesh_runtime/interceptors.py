@@ -1,7 +1,7 @@
 """What happens around every RPC of every service, outermost first:
 
-metrics -> call context (trace, deadline, Server-Timing) -> spans, if any -> errors -> the server's own (the gateway: who
-asks) -> shared memory -> the servicer's method.
+metrics -> call context (trace, deadline, Server-Timing) -> spans, if any -> errors -> the server's own (the gateway:
+who asks) -> shared memory -> the servicer's method.
 
 A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC. It also
 parses and serialises the messages itself, so that a request that can't be parsed is an error like any other.

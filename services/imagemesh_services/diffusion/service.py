@@ -22,7 +22,6 @@ def create(config: DiffusionConfig, lane: Lane) -> ModelServer[DiffusionModel]:
     server = ModelServer(config, metrics, models)
     controlnets = None
     if config.controlnet:
-
         files = peer_files(config)
 
         def connect(address: str, known_as: str) -> Peer:

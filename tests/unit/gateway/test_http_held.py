@@ -11,7 +11,7 @@ from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_runtime.metrics import Metrics
 
 
-class Door:
+class Held:
     """A guarded application that answers when it is told to."""
 
     def __init__(self, held_bytes: int) -> None:
@@ -49,7 +49,7 @@ class Door:
 
 
 async def test_bodies_that_are_too_much_together_are_told_to_come_back_and_room_is_given_back() -> None:
-    door = Door(held_bytes=100)
+    door = Held(held_bytes=100)
     working = asyncio.create_task(door.post(b"x" * 40, b"x" * 20))
     async with asyncio.timeout(10):
         while door._guard._held < 60:
