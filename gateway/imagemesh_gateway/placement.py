@@ -77,9 +77,7 @@ async def sample(
                 replicas.note_success(peer)
                 return
         except MeshError as error:
-            if _is_stale(error) and request.HasField("resume_from"):
-                log.warning("%s can't go on from the checkpoint; the generation starts again: %s", peer.address, error)
-                request.ClearField("resume_from")
+            if _starts_again(peer, request, error):
                 continue
             if (pause := journey.pause(error)) is not None:
                 log.warning("diffusion at %s is full; the generation waits %.1f s to go on", peer.address, pause)
@@ -98,6 +96,15 @@ async def sample(
             metrics.moved.inc()
             done = request.resume_from.evaluation
             log.warning("diffusion at %s went away; going on from evaluation %d elsewhere", peer.address, done)
+
+
+def _starts_again(peer: Peer, request: pb.SampleRequest, error: MeshError) -> bool:
+    """Whether the error is about the checkpoint, which is then thrown away."""
+    if not (_is_stale(error) and request.HasField("resume_from")):
+        return False
+    log.warning("%s can't go on from the checkpoint; the generation starts again: %s", peer.address, error)
+    request.ClearField("resume_from")
+    return True
 
 
 async def _follow(

@@ -6,8 +6,8 @@ Stubs are made once, on ``channel`` or ``parcels``; each call through ``unary`` 
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final, TypeVar
@@ -173,6 +173,38 @@ class Replicas:
             else:
                 self.note_success(peer)
                 return answer
+
+    async def stream(self, method: "_Method", request: Any) -> AsyncGenerator[Any, None]:
+        """Call a method of a stub on ``channel`` that streams its answers; as ``Peer.stream``, at one replica, once."""
+        peer = self._keeper() if method.service in self._keeping else self.pick()
+        with self.work_on(peer):
+            try:
+                async with aclosing(peer.stream(method.at(peer), request)) as answers:
+                    async for answer in answers:
+                        yield answer
+            except MeshError as error:
+                self.note_error(peer, error)
+                raise
+            self.note_success(peer)
+
+    async def everywhere(self, method: "_Method", request: Any) -> list[Any]:
+        """Call a unary method of every replica; the answers, in the order of ``peers``.
+
+        Raises:
+            MeshError: one of them failed, after all have answered.
+        """
+        if not self.peers:
+            raise Unavailable(self.name, "no replica of it is known")
+
+        async def call(peer: Peer) -> Any:
+            with self.work_on(peer, amount=0.0):
+                return await peer.unary(method.at(peer), request)
+
+        answers = await asyncio.gather(*map(call, self.peers), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
     @contextmanager
     def work_on(self, peer: Peer, amount: float = 1.0) -> Iterator[None]:

@@ -120,6 +120,39 @@ async def test_calls_of_a_service_that_keeps_something_stay_with_one_replica_and
         assert await say(replicas, 2) == {"hello": 2}
 
 
+def streams(name: str) -> Echo:
+    async def server_stream(request: StringValue, context: Any) -> AsyncIterator[StringValue]:
+        yield request
+        yield StringValue(value=name)
+
+    return Echo(server_stream=server_stream)
+
+
+async def test_a_stream_comes_whole_from_one_replica_and_that_of_a_kept_service_always_from_the_same() -> None:
+    async def hear(replicas: Replicas) -> tuple[str, ...]:
+        async with contextlib.aclosing(replicas.stream(EchoStub(replicas.channel).server_stream, HELLO)) as answers:
+            return tuple([answer.value async for answer in answers])
+
+    async with fleet(streams("a"), streams("b")) as (replicas, _):
+        assert {await hear(replicas) for _ in range(20)} == {("hello", "a"), ("hello", "b")}
+    async with fleet(streams("a"), streams("b"), keeping=(NAME,)) as (replicas, servers):
+        assert {await hear(replicas) for _ in range(10)} == {("hello", "a")}
+        await servers[0].stop()
+        with pytest.raises(MeshError) as failed:
+            await hear(replicas)
+        assert failed.value.code is grpc.StatusCode.UNAVAILABLE
+        assert replicas.rests(replicas.peers[0])
+
+
+async def test_what_all_are_to_do_is_asked_of_all_and_one_that_fails_is_told() -> None:
+    async with fleet(answers("a"), answers("b")) as (replicas, _):
+        told = await replicas.everywhere(EchoStub(replicas.channel).unary, HELLO)
+        assert [answer.value for answer in told] == ["a", "b"]
+    async with fleet(answers("a"), fails(lambda: InvalidArgument("value", "x", "y"))) as (replicas, _):
+        with pytest.raises(MeshError, match="value"):
+            await replicas.everywhere(EchoStub(replicas.channel).unary, HELLO)
+
+
 def standing(*loads: Load | None) -> Replicas:
     """Replicas that said so of themselves; nobody is called."""
     replicas = Replicas([connect(f"127.0.0.1:{port + 1}") for port in range(len(loads))], 60.0)

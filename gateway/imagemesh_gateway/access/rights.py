@@ -33,6 +33,8 @@ GRPC: Final[Mapping[str, Right]] = {
     "imagemesh.v1.JobService/GetJob": _LOOK,
     "imagemesh.v1.JobService/ListJobs": _LOOK,
     "imagemesh.v1.JobService/WatchJob": _LOOK,
+    "imagemesh.v1.LoadService": _LOOK,
+    "imagemesh.v1.ModelLoadingService": _MANAGE,
     "imagemesh.v1.PreprocessService": _MAKE,
     "imagemesh.v1.PreprocessService/ListPreprocessors": _LOOK,
     # All tenants search the same indexes, so not everybody may change them.

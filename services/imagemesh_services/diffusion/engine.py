@@ -22,6 +22,7 @@ from imagemesh_services.diffusion.backend import DiffusionModel, SampleInputs
 from imagemesh_services.diffusion.forecast import Outlook
 from imagemesh_services.diffusion.generation import (
     SENDING_SECONDS,
+    TOGETHER_SECONDS,
     Event,
     Finished,
     Frozen,
@@ -41,10 +42,7 @@ from imagemesh_services.diffusion.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# How long those of a forward wait for one another's checkpoints to leave, a millisecond each on a quiet machine.
-_TOGETHER_SECONDS = 0.05
-# For a refusal before anything was measured.
-_UNKNOWN_RETRY = 1.0
+_UNKNOWN_RETRY = 1.0  # for a refusal before anything was measured
 _HANGS = "its device hangs"
 
 
@@ -221,10 +219,10 @@ class Engine:
 
     async def _send(self, batch: Sequence[Generation]) -> None:
         """Give the checkpoints of this tick a moment to leave, so that who shared a forward shares the next one too."""
-        until = perf_counter() + _TOGETHER_SECONDS
+        until = perf_counter() + TOGETHER_SECONDS
         while any(one.sending and not one.gone for one in batch) and perf_counter() < until:
             self._changed.clear()
-            await self._wait(_TOGETHER_SECONDS)
+            await self._wait(TOGETHER_SECONDS)
 
     def _drop_gone(self) -> None:
         self._waiting = deque(one for one in self._waiting if not one.gone)
@@ -332,7 +330,7 @@ class Engine:
                 tick = await ticks.next()
                 more = tick is not None and tick.more
                 if not more:
-                    await self._starts.settle(_TOGETHER_SECONDS)  # ahead of the callers, whom what is told awakes
+                    await self._starts.settle(TOGETHER_SECONDS)  # ahead of the callers, whom what is told awakes
                 if tick is not None:
                     self._tell(batch, tick)
         finally:
@@ -350,7 +348,7 @@ class Engine:
         self._metrics.step.observe(tick.forward)
         self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
-        pictures = sum(len(one.inputs.seeds) for one in batch)
+        a_picture = tick.compute / sum(len(one.inputs.seeds) for one in batch)
         for generation, outcome in zip(batch, tick.outcomes, strict=True):
             generation.last_tick = number
             if generation.residuals is not None:
@@ -361,7 +359,7 @@ class Engine:
                 generation.residuals, generation.steered = None, False
             generation.call.queue_seconds += tick.queue
             generation.call.compute_seconds += shared + outcome.seconds
-            generation.call.device_seconds += tick.compute * len(generation.inputs.seeds) / pictures
+            generation.call.device_seconds += a_picture * len(generation.inputs.seeds)
             if generation.gone or outcome.late:
                 continue
             for event in outcome.events:

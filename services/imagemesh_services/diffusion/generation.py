@@ -66,6 +66,8 @@ PATIENCE = {"interactive": 0.0, "normal": 30.0, "batch": 300.0}
 
 # How long a caller may take to take a checkpoint before its generation goes on without.
 SENDING_SECONDS = 2.0
+# How long those of a forward wait for one another's checkpoints to leave, a millisecond each on a quiet machine.
+TOGETHER_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
