@@ -52,6 +52,7 @@ class FakeAnnotators:
     """Has a model a task: "fake-depth", "fake-classes", "fake-people" and "fake-edges"."""
 
     name, device, dtype = "fake", "cpu", "float32"
+    repository = None
 
     def __init__(self, config: ControlNetConfig) -> None:
         """Needs nothing of the configuration."""

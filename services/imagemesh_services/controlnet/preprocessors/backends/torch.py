@@ -215,17 +215,17 @@ class TorchAnnotators:
     name = "torch"
 
     def __init__(self, config: ControlNetConfig) -> None:
-        self._repository = open_repository(config)
+        self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
-        return cards_of(self._repository.folders().values(), _card)
+        return cards_of(self.repository.folders().values(), _card)
 
     def load(self, name: str) -> Annotator:
-        folder = self._repository.folders()[name]
+        folder = self.repository.folders()[name]
         task = _task(folder)
         if task is Task.PEOPLE:
             return PeopleAnnotator(self._open(folder, VitPoseForPoseEstimation), self._detector())
@@ -239,7 +239,7 @@ class TorchAnnotators:
 
     def _detector(self) -> _Seeing | None:
         """The first model by name that finds people."""
-        for _, folder in sorted(self._repository.folders().items()):
+        for _, folder in sorted(self.repository.folders().items()):
             labels = folder.config.get("id2label")
             if _architecture(folder) in _DETECTORS and isinstance(labels, dict) and _person(labels) is not None:
                 return self._open(folder, AutoModelForObjectDetection)
