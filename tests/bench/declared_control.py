@@ -64,6 +64,10 @@ class Declared:
     def start(self, inputs: ControlInputs) -> "Declared":
         return self
 
+    def trial(self, image: Array) -> tuple[ControlInputs, Array]:
+        sample = np.zeros((ROWS, 4, *(side // 8 for side in image.shape[:2])), np.float16)
+        return ControlInputs(image, np.zeros((ROWS, 77, 768), np.float16), 1.0), sample
+
     def plus(self, one: Array, other: Array) -> Array:
         from imagemesh_services.torch_support import plus
 
