@@ -175,9 +175,9 @@ def test_a_run_that_was_told_to_stop_is_gone_on_with(train):
 
 def test_killed_anywhere_and_gone_on_with_it_ends_at_the_same_loss(folders, tmp_path):
     shutil.copytree(folders / "vit", tmp_path / "vit")
-    kills = ("step:3", "write:3", "replace:4", "replaced:5")
+    kills = ("write:3", "replace:4", "replaced:5")
     command = [sys.executable, "-m", "tests.support.dying_finetune", str(tmp_path), *kills]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)
     whole = runs.pop("whole")
