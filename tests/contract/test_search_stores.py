@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from milvus_lite.server_manager import server_manager_instance
 
 from imagemesh_runtime.errors import FailedPrecondition, NotFound
 from imagemesh_runtime.registry import choose_backend
@@ -28,12 +29,13 @@ def qdrant() -> Iterator[QdrantServer]:
 
 
 @pytest.fixture(params=STORES)
-def config(request: pytest.FixtureRequest, tmp_path: Path, qdrant: QdrantServer) -> VitConfig:
+def config(request: pytest.FixtureRequest, tmp_path: Path, qdrant: QdrantServer) -> Iterator[VitConfig]:
     qdrant.empty()
     where = {"index_url": qdrant.url, "index_token": qdrant.token} if request.param == "qdrant" else {}
-    return VitConfig(
+    yield VitConfig(
         index_root=str(tmp_path / "indexes"), index_store=request.param, max_indexes=2, max_index_entries=50, **where
     )
+    server_manager_instance.release_all()  # Milvus Lite's, which would go on until the process ends
 
 
 def opened(config: VitConfig) -> VectorStore:
