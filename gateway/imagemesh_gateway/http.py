@@ -11,6 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.http_body import ALLOWED, GenerateBody
 from imagemesh_gateway.http_errors import add_error_handlers
+from imagemesh_gateway.http_faces import tell
 from imagemesh_gateway.http_job_body import JOB_ALLOWED
 from imagemesh_gateway.http_jobs import JOB_LIST_ALLOWED, JOBS_PATH, add_jobs
 from imagemesh_gateway.http_media import JSON, PNG, generation_answer, negotiated, require_json
@@ -60,7 +61,7 @@ def create_app(mesh: Mesh, jobs: Jobs, metrics: Metrics, ready: Callable[[], boo
     add_sdapi(app, mesh, jobs)
     by_path = {PATH: PREPROCESS_ALLOWED, JOBS_PATH: JOB_ALLOWED, f"{JOBS_PATH}?": JOB_LIST_ALLOWED}
     by_path |= {INDEX_PATH: SEARCH_ALLOWED, SEARCH_PATH: SEARCH_ALLOWED}
-    add_error_handlers(app, ALLOWED, by_path)
+    add_error_handlers(app, tell, ALLOWED, by_path)
     describe(app)
     return app
 

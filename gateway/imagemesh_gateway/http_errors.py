@@ -3,9 +3,10 @@
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import grpc
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 80  # characters of a client's own field name that an error repeats
 # Codes for the refusals of the framework itself, by status.
-_CODES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
+_CODES = {404: grpc.StatusCode.NOT_FOUND, 405: grpc.StatusCode.UNIMPLEMENTED}
 
 
 class RefusedRequest(InvalidArgument):
@@ -35,6 +36,15 @@ class RefusedRequest(InvalidArgument):
     def __init__(self, status: int, field: str, value: object, allowed: str) -> None:
         self.status = status
         super().__init__(field, value, allowed)
+
+
+class FrameworkRefusal(MeshError):
+    """What the framework itself refuses: a path or a method that isn't there."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        self.code = _CODES.get(status, grpc.StatusCode.UNKNOWN)
+        super().__init__(message)
 
 
 class Conflict(FailedPrecondition):
@@ -50,7 +60,7 @@ def error_response(error: MeshError, headers: Mapping[str, str] | None = None) -
 
 def status_of(error: MeshError) -> int:
     """The HTTP status that tells of the error."""
-    return error.status if isinstance(error, RefusedRequest | Conflict) else http_status(error.code)
+    return error.status if isinstance(error, RefusedRequest | FrameworkRefusal | Conflict) else http_status(error.code)
 
 
 def timing_of(error: MeshError) -> dict[str, str]:
@@ -79,9 +89,12 @@ def error_body(error: MeshError) -> dict[str, dict[str, str]]:
 
 
 def add_error_handlers(
-    app: FastAPI, allowed: Mapping[str, str], by_path: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    app: FastAPI,
+    tell: Callable[[MeshError, str], Response],
+    allowed: Mapping[str, str],
+    by_path: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> None:
-    """Answer every failure in our shape.
+    """Answer every failure in the shape that ``tell`` gives it at a path.
 
     ``allowed`` and ``by_path`` say what fields of bodies may be, and below a path with "?" the fields of queries.
     """
@@ -97,7 +110,18 @@ def add_error_handlers(
 
     app.add_exception_handler(MeshError, on_mesh_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
-    app.add_exception_handler(HTTPException, _on_framework_error)
+
+    async def on_framework_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path
+        if error.status_code == 400:  # the body was read, but could not be understood
+            return tell(InvalidArgument("body", await request.body(), "JSON that can be parsed"), path)
+        message = f"{request.method} {_printable(path)}: {error.detail}"
+        response = tell(FrameworkRefusal(error.status_code, message), path)
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(HTTPException, on_framework_error)
     app.add_exception_handler(Exception, _on_unforeseen)
 
 
@@ -140,15 +164,6 @@ def _outline(value: object) -> object:
     return f"a list of {len(value)} values" if isinstance(value, list) else value
 
 
-async def _on_framework_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # the body was read, but could not be understood
-        return error_response(InvalidArgument("body", await request.body(), "JSON that can be parsed"))
-    code = _CODES.get(error.status_code, "UNKNOWN")
-    message = f"{request.method} {_printable(request.url.path)}: {error.detail}"
-    return _response(error.status_code, code, message, None, error.headers or {})
-
-
 async def _on_unforeseen(request: Request, error: Exception) -> Response:
     return error_response(unforeseen(error, request.url.path))
 
@@ -163,10 +178,6 @@ def unforeseen(error: Exception, path: str) -> InternalError:
 def _printable(text: str) -> str:
     """The text, with what can't be written as UTF-8 escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _response(status: int, code: str, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
-    return JSONResponse(_body(code, message, field), status, dict(headers))
 
 
 def _body(code: str, message: str, field: str | None) -> dict[str, dict[str, str]]:

@@ -39,7 +39,7 @@ def add_openai(app: FastAPI, mesh: Mesh, jobs: Jobs) -> None:
         """Make pictures, as OpenAI's call does."""
         return await _pictures(request, jobs, body, body.to_create())
 
-    @router.post("/v1/images/edits")
+    @router.post("/v1/images/edits", openapi_extra=_edit_form())
     async def edit_image(request: Request) -> Response:
         """Change a picture, as OpenAI's call does: a form with the files ``image`` and ``mask``."""
         async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
@@ -62,6 +62,14 @@ def add_openai(app: FastAPI, mesh: Mesh, jobs: Jobs) -> None:
         return JSONResponse(await model_json(mesh, model))
 
     app.include_router(router)
+
+
+def _edit_form() -> dict[str, Any]:
+    """The form for the OpenAPI document, which can't be read off the function."""
+    file = {"type": "string", "format": "binary"}
+    fields = {"image": file, "mask": file, **OpenAIBody.model_json_schema()["properties"]}
+    schema = {"type": "object", "required": ["image", "prompt"], "properties": fields, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def openai_error(error: MeshError) -> Response:
