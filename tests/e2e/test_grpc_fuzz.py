@@ -10,12 +10,19 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imagemesh.v1 import gateway_service_pb2, image_pb2, job_service_pb2, preprocess_service_pb2, search_service_pb2
+from imagemesh.v1 import (
+    gateway_service_pb2,
+    image_pb2,
+    job_service_pb2,
+    model_loading_service_pb2,
+    preprocess_service_pb2,
+    search_service_pb2,
+)
 from tests.support.keys import key_file
 from tests.support.mesh import running_mesh
 from tests.support.recording_gateway import png
 
-FILES = (gateway_service_pb2, job_service_pb2, preprocess_service_pb2, search_service_pb2)
+FILES = (gateway_service_pb2, job_service_pb2, model_loading_service_pb2, preprocess_service_pb2, search_service_pb2)
 METHODS = [
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 ]
@@ -35,6 +42,8 @@ GOOD: dict[str, Any] = {
         search_service_pb2.SearchImagesRequest(index="a", images=SEEN),
         search_service_pb2.FindDuplicatesRequest(index="a", min_similarity=0.5),
         search_service_pb2.RemoveImagesRequest(index="a", ids=["x"]),
+        search_service_pb2.ExportVectorsRequest(index="a"),
+        search_service_pb2.ClusterImagesRequest(index="a"),
     )
 }
 BITS = {

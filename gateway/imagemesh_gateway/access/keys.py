@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,10 +149,16 @@ def _changing(path: Path) -> Iterator[dict[str, Key]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write the file whole or not at all, and for its owner alone."""
+    """Write the file whole or not at all. A new one is for its owner alone; another stays whose it is and who may read
+    it: a gateway that can't read it any more would not hear of a key that was revoked."""
+    before = path.stat() if path.exists() else None
     descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
+            if before is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())

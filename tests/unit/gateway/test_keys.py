@@ -40,6 +40,17 @@ def test_the_file_holds_no_secret_and_is_its_owners_alone(path: Path) -> None:
     ]
 
 
+def test_the_file_stays_readable_for_whom_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key_file(path, alice={})
+    path.chmod(0o640)
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)  # as where root changes the gateway's file
+    key_file(path, bob={})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert given == [(path.stat().st_uid, path.stat().st_gid)]
+
+
 def test_keys_that_are_made_at_the_same_time_are_all_kept(path: Path) -> None:
     keys = [new_key()[0] for _ in range(20)]
     with ThreadPoolExecutor(8) as pool:
