@@ -38,9 +38,15 @@ class _Journey:
     running: bool = False
 
     def note(self, peer: Peer, error: MeshError) -> None:
-        """The replica went away with this error."""
+        """The replica went away with this error.
+
+        Raises:
+            Deadly: once too often while the request ran.
+        """
         self.gone.append(peer)
         self.deaths += self.running and (not isinstance(error, RemoteError) or _hangs(error))
+        if self.deaths > MAX_MOVES:
+            raise Deadly("diffusion", self.deaths) from error
 
     def may_move(self, peers: int) -> bool:
         """Whether there is another attempt, after ``note``; ``peers``: how many replicas there are."""
@@ -83,15 +89,12 @@ async def sample(
                 log.warning("diffusion at %s is full; the generation waits %.1f s to go on", peer.address, pause)
                 await asyncio.sleep(pause)
                 continue
+            replicas.note_error(peer, error)
             if not is_lost(error, replicas.name):
-                replicas.note_error(peer, error)
                 raise
             journey.note(peer, error)
-            if journey.deaths > MAX_MOVES:
-                raise Deadly("diffusion", journey.deaths) from error
             if not journey.may_move(len(replicas.peers)):
                 raise
-            replicas.note_failure(peer)
             request.alone = journey.deaths == MAX_MOVES
             metrics.moved.inc()
             done = request.resume_from.evaluation

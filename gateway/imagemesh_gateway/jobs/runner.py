@@ -51,7 +51,7 @@ class Runner:
         generate: Generate,
         at_a_time: int,
         starting: Callable[[], int],
-        tell_waiting: Callable[[Sequence[Waiting]], None],
+        tell_waiting: Callable[[Sequence[Waiting]], None] = lambda waiting: None,
         spans: Spans | None = None,
     ) -> None:
         self._spans = spans

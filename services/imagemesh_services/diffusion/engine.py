@@ -348,7 +348,7 @@ class Engine:
         self._metrics.step.observe(tick.forward)
         self._metrics.batch_size.observe(tick.cost.shared)
         shared = tick.compute - sum(outcome.seconds for outcome in tick.outcomes)
-        a_picture = tick.compute / sum(len(one.inputs.seeds) for one in batch)
+        each = tick.compute / sum(len(one.inputs.seeds) for one in batch)
         for generation, outcome in zip(batch, tick.outcomes, strict=True):
             generation.last_tick = number
             if generation.residuals is not None:
@@ -357,9 +357,7 @@ class Engine:
                 generation.hasty = False
             else:
                 generation.residuals, generation.steered = None, False
-            generation.call.queue_seconds += tick.queue
-            generation.call.compute_seconds += shared + outcome.seconds
-            generation.call.device_seconds += a_picture * len(generation.inputs.seeds)
+            generation.charge(tick.queue, shared + outcome.seconds, each * len(generation.inputs.seeds))
             if generation.gone or outcome.late:
                 continue
             for event in outcome.events:

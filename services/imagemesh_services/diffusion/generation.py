@@ -205,6 +205,12 @@ class Generation:
         every = self.terms.preview_every
         return every > 0 and step > self.told and step % every == 0 and not self.done
 
+    def charge(self, queue: float, compute: float, device: float) -> None:
+        """Seconds of a tick: that it waited, that it took, and that were its share of the device's time."""
+        self.call.queue_seconds += queue
+        self.call.compute_seconds += compute
+        self.call.device_seconds += device
+
     def go(self) -> None:
         """It is over, or nobody wants it any more; what the lane has not begun of it, it never will."""
         self.gone = True

@@ -30,7 +30,7 @@ async def run(folder: Path, *errors: MeshError) -> tuple[Record, int]:
     store, board = StoreThread(), Board()
     await store.open(folder)
     await store(lambda one: one.add(JOB))
-    runner = Runner(store, board, generate, at_a_time=4, starting=4)
+    runner = Runner(store, board, generate, at_a_time=4, starting=lambda: 4)
     with board.listen(JOB.id) as changed:
         runner.start()
         async with asyncio.timeout(30):

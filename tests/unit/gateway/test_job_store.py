@@ -108,7 +108,7 @@ def test_an_earlier_versions_store_is_taken_over_with_its_jobs(store: Store, tmp
     store.add(JOB)
     for column in ("model", "amount", "trace"):
         store._db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-    store._db.execute("PRAGMA user_version = 1")
+    store._db.execute("PRAGMA user_version = 2")
     store.close()
     later = Store(tmp_path)
     try:
