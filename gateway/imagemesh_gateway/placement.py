@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 # A request that kills its replicas must not walk through the fleet; the last time it has its replica for itself.
 MAX_MOVES: Final = 2
+# Seconds before each further attempt once every replica was tried: one that starts, or that the channel has yet to find
+# again, has its time.
+PAUSES: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
 
 
 @dataclass
@@ -48,14 +51,23 @@ class _Journey:
         if self.deaths > MAX_MOVES:
             raise Deadly("diffusion", self.deaths) from error
 
-    def may_move(self, peers: int) -> bool:
-        """Whether there is another attempt, after ``note``; ``peers``: how many replicas there are."""
-        return peers > 1 and len(self.gone) < peers + MAX_MOVES
+    def pause(self, peers: int) -> float | None:
+        """Seconds until another attempt, after ``note``; None: there is none. ``peers``: the number of replicas."""
+        again = len(self.gone) - peers
+        if peers < 2 or again >= len(PAUSES):
+            return None
+        return _in_time(PAUSES[again]) if again >= 0 else 0.0
 
-    def pause(self, error: MeshError) -> float | None:
-        """Seconds to wait where one that has lost its place finds no other at once; None: that isn't the error."""
-        pause, remaining = error.retry_after() if self.gone else None, current_call().remaining()
-        return pause if pause is None or remaining is None or pause < remaining else None
+    def pause_when_full(self, error: MeshError) -> float | None:
+        """The same where one that has lost its place finds no other at once; None too where that isn't the error."""
+        pause = error.retry_after() if self.gone else None
+        return None if pause is None else _in_time(pause)
+
+
+def _in_time(pause: float) -> float | None:
+    """None: it would last beyond the call's deadline."""
+    remaining = current_call().remaining()
+    return pause if remaining is None or pause < remaining else None
 
 
 # A replica may hold a confirmation up for as long as it waits for one.
@@ -85,7 +97,7 @@ async def sample(
         except MeshError as error:
             if _starts_again(peer, request, error):
                 continue
-            if (pause := journey.pause(error)) is not None:
+            if (pause := journey.pause_when_full(error)) is not None:
                 log.warning("diffusion at %s is full; the generation waits %.1f s to go on", peer.address, pause)
                 await asyncio.sleep(pause)
                 continue
@@ -93,12 +105,13 @@ async def sample(
             if not is_lost(error, replicas.name):
                 raise
             journey.note(peer, error)
-            if not journey.may_move(len(replicas.peers)):
+            if (pause := journey.pause(len(replicas.peers))) is None:
                 raise
             request.alone = journey.deaths == MAX_MOVES
             metrics.moved.inc()
             done = request.resume_from.evaluation
             log.warning("diffusion at %s went away; going on from evaluation %d elsewhere", peer.address, done)
+            await asyncio.sleep(pause)
 
 
 def _starts_again(peer: Peer, request: pb.SampleRequest, error: MeshError) -> bool:

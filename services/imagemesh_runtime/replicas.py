@@ -115,8 +115,8 @@ class Replicas:
         """The lighter of two random replicas (Mitzenmacher, 2001).
 
         If both say their seconds of work, the one that would be done with this amount more sooner; else the one with
-        fewer requests. Those to ``avoid``, those that are passed
-        over and those that aren't ready come only when there is nobody else.
+        fewer requests. Those to ``avoid``, those that are passed over and those that aren't ready come only when there
+        is nobody else: of these the one first that is passed over for the shortest time.
 
         Raises:
             Unavailable: no replica is known.
@@ -285,7 +285,10 @@ class Replicas:
         if len(pool) == 1:
             return pool
         good = [peer for peer in pool if not self.rests(peer) and self._known[peer].ready]
-        two = self._draw_two(good or pool)
+        if not good:
+            now = time.monotonic()
+            return sorted(pool, key=lambda peer: self._back_at(peer, now))[:2]
+        two = self._draw_two(good)
         loads = [self._known[peer].load() for peer in two]
         if any(seconds is None for seconds, _ in loads):
             return two if loads[0][1] <= loads[-1][1] else two[::-1]
@@ -293,6 +296,11 @@ class Replicas:
             (seconds or 0.0) + self._known[peer].pace * amount for peer, (seconds, _) in zip(two, loads, strict=True)
         ]
         return two if done[0] <= done[-1] else two[::-1]
+
+    def _back_at(self, peer: Peer, now: float) -> tuple[float, bool]:
+        """When it is no longer passed over; those that say they aren't ready come after others of the same time."""
+        standing = self._known[peer]
+        return max(standing.rests_until, now), not standing.ready
 
     def _draw_two(self, pool: list[Peer]) -> list[Peer]:
         """Two at random, or the only one, each as often as it is quick.

@@ -11,6 +11,7 @@ import pytest
 
 from imagemesh.v1 import diffusion_service_pb2 as pb
 from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
+from imagemesh_gateway import placement
 from imagemesh_gateway.placement import MAX_MOVES, sample
 from imagemesh_runtime.client import Hop, Peer
 from imagemesh_runtime.context import CallContext, set_current_call
@@ -21,6 +22,11 @@ from imagemesh_runtime.replicas import Replicas
 
 Behaviour = Callable[[pb.SampleRequest], AsyncIterator[pb.SampleResponse]]
 CHECKPOINT = pb.SampleCheckpoint(evaluation=3, fingerprint="f")
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "PAUSES", (0.01,) * 6)
 
 
 class Died(Exception):
@@ -168,7 +174,7 @@ async def test_where_every_replica_is_gone_the_caller_is_told(innocent: Behaviou
             await run(replicas)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
         assert not isinstance(caught.value, Deadly)
-        assert sum(len(sampler.asked) for sampler in samplers) == 2 + MAX_MOVES
+        assert [len(sampler.asked) for sampler in samplers] == [1 + len(placement.PAUSES) // 2] * 2
 
 
 async def test_the_replica_is_told_of_each_checkpoint_that_has_arrived() -> None:
@@ -209,6 +215,35 @@ async def test_one_that_lost_its_replica_waits_for_a_place_at_another_and_loses_
         replicas.note_failure(replicas.peers[1])  # so that it comes last
         assert (await run(replicas)).evaluations == 3
         assert [len(sampler.asked) for sampler in samplers] == [1, 3]
+
+
+def away_at_first(times: int) -> Behaviour:
+    """Starts meanwhile, or is yet to be found again."""
+    left = iter(range(times))
+
+    async def behaviour(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
+        if next(left, None) is not None:
+            raise Died
+        async for response in finishes(request):
+            yield response
+
+    return behaviour
+
+
+async def test_where_one_replica_stops_before_the_other_is_back_the_generation_waits_for_it() -> None:
+    async with fleet(hands_back, away_at_first(2)) as (samplers, replicas):
+        replicas.note_failure(replicas.peers[1])  # so that it comes last
+        assert (await run(replicas)).evaluations == 3
+        assert [len(sampler.asked) for sampler in samplers] == [3, 3]
+
+
+async def test_nobody_waits_for_a_replica_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "PAUSES", (100.0,))
+    async with fleet(hands_back, hands_back) as (_, replicas):
+        set_current_call(CallContext(deadline=time.monotonic() + 50))
+        with pytest.raises(MeshError) as caught:
+            await asyncio.wait_for(run(replicas), 30)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_one_that_never_had_a_place_is_told_that_there_is_none() -> None:
