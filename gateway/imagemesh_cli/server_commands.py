@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from imagemesh_cli.host import MeshHost, require_free
 from imagemesh_cli.rooms import GATEWAY, SERVICES, configure
@@ -83,7 +85,6 @@ def serve(args: Namespace) -> int:
 
 
 async def _serve(args: Namespace, lane: Lane) -> None:
-    told = _stop_signal()
     is_gateway = args.service == "gateway"
     room = GATEWAY if is_gateway else SERVICES[args.service]
     settings = {**dict(args.set), **_given(args, "listen", "models", "backend")}
@@ -91,14 +92,45 @@ async def _serve(args: Namespace, lane: Lane) -> None:
     require_free(args.service, config.listen, config.metrics_listen, config.admin_listen)
     if is_gateway:
         require_free(args.service, config.http_listen)
-    server = room.create(config) if is_gateway else room.create(config, lane)
+    with _ended_by_signals():
+        server = room.create(config) if is_gateway else room.create(config, lane)
+    told = _stop_signal()
     try:
-        await server.start()
-        http = f", HTTP on {server.http_scheme}://{server.http_address}" if is_gateway else ""
-        print(f"{args.service} listens on {server.address}{http}", flush=True)
-        await told.wait()
+        if await _done_before(told, server.start()):
+            http = f", HTTP on {server.http_scheme}://{server.http_address}" if is_gateway else ""
+            print(f"{args.service} listens on {server.address}{http}", flush=True)
+            await told.wait()
     finally:
         await server.stop()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """The first signal ends the process: nobody is served yet, and an event loop hears of none while it imports.
+
+    On a busy machine that takes minutes, and whoever asks a process to stop may not wait so long.
+    """
+    codes = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
+    before = {name: signal.signal(name, lambda number, _: os._exit(codes[number])) for name in codes}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+async def _done_before(told: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work, such as to load models; answers whether it is done, or false as soon as the event is set."""
+    doing, waiting = asyncio.create_task(work), asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if done := doing.done():
+            await doing
+        return done
+    finally:
+        for task in (doing, waiting):
+            task.cancel()
+        await asyncio.gather(doing, waiting, return_exceptions=True)
 
 
 def _given(args: Namespace, *names: str) -> dict[str, str]:

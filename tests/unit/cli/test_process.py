@@ -31,6 +31,36 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})  # type: ignore[call-overload, no-any-return]
 
 
+# A service that takes for ever to import its libraries, or to load its models.
+SLOW = {
+    "importing": "rooms.Room.create = lambda *_: (print('begun', flush=True), time.sleep(600))",
+    "loading": (
+        "create = rooms.Room.create\n"
+        "async def start(): print('begun', flush=True); await asyncio.sleep(600)\n"
+        "def slow(*args): server = create(*args); server.start = start; return server\n"
+        "rooms.Room.create = slow"
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("how", SLOW)
+def test_a_service_that_is_still_starting_stops_at_once(how: str, name: signal.Signals, code: int) -> None:
+    script = f"import asyncio, time\nfrom imagemesh_cli import rooms\n{SLOW[how]}\n{RUN}"
+    given = ["serve", "vae", "--listen", "127.0.0.1:0", "--set", "backend=fake", "--set", "metrics-listen=127.0.0.1:0"]
+    command = [sys.executable, "-c", script, *given, "--set", "admin-listen=127.0.0.1:0"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(name)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    # Once there is a server, an interrupt is a request to stop like any other.
+    assert process.returncode == (code if how == "importing" else 0)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command_loads_nothing_heavy(name: str) -> None:
     code = "import sys; from imagemesh_cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
