@@ -41,7 +41,7 @@ async def test_a_killed_replicas_generations_end_at_the_other_byte_by_byte(
     found.restart()
     await reached(found, address)
     victim = found.replicas[0].process
-    made = await together(address, SCHEDULERS, victim.kill)
+    made = await together(address, SCHEDULERS, victim.kill, found.record.at_work(victim.pid))
     assert victim.wait(timeout=30) < 0
     np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
     done = found.record.read()
@@ -57,7 +57,7 @@ async def test_a_stopped_replica_hands_over_and_no_step_is_done_twice(
     await reached(found, address)
     victim, survivor = found.replicas[0].process, found.replicas[1].process
     before = found.metric(1, "imagemesh_step_seconds_count")
-    made = await together(address, SCHEDULERS, victim.terminate)
+    made = await together(address, SCHEDULERS, victim.terminate, found.record.at_work(victim.pid))
     assert victim.wait(timeout=60) == 0
     np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
     assert made.steps == undisturbed.steps
@@ -77,7 +77,8 @@ async def test_a_replica_whose_forward_hangs_is_found_out_and_its_generations_en
     await reached(found, address)
     victim, hang = found.replicas[0], found.record.hang
     try:
-        made = await together(address, SCHEDULERS, lambda: hang.write_text(str(victim.process.pid)))
+        at_work = found.record.at_work(victim.process.pid)
+        made = await together(address, SCHEDULERS, lambda: hang.write_text(str(victim.process.pid)), at_work)
         np.testing.assert_array_equal(made.pictures, undisturbed.pictures)
         done = found.record.read()
         assert max(repeated(done).values()) <= EVERY, repeated(done)
@@ -101,7 +102,7 @@ async def test_in_shared_forwards_the_pictures_are_the_same_but_for_a_two_hundre
 ) -> None:
     with fleet("torch", models, max_batch=16) as found, gateway_before(found, "torch", models, EVERY) as address:
         victim = found.replicas[0].process
-        made = await together(address, SCHEDULERS, victim.kill)
+        made = await together(address, SCHEDULERS, victim.kill, found.record.at_work(victim.pid))
         assert victim.wait(timeout=30) < 0
         assert max(repeated(found.record.read()).values()) <= EVERY
     assert worst(made.pictures, undisturbed.pictures) <= 1

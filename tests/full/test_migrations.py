@@ -42,7 +42,8 @@ class Pair:
         self._victim = 1 - self._victim
         victim = self.replicas.replicas[self._victim].process
         await reached(self.replicas, self.address)
-        made = await together(self.address, group, lambda: os.kill(victim.pid, how))
+        at_work = self.replicas.record.at_work(victim.pid)
+        made = await together(self.address, group, lambda: os.kill(victim.pid, how), at_work)
         assert victim.wait(timeout=120) == (0 if how is signal.SIGTERM else -how)
         done = self.replicas.record.read()
         assert len({process for process, _, _ in done}) == 2  # the one that went had work

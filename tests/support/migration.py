@@ -24,21 +24,35 @@ class Round:
 
 
 async def reached(found: Fleet, address: str) -> None:
-    """Return when the gateway has got work to every replica; to one that was away it is connected again in seconds."""
-    waiting = {replica.process.pid for replica in found.replicas}
+    """Return when the gateway gives work to every replica; to one that was away it is connected again in seconds.
+
+    It does when a generation for each runs on all of them: one that fails, or rests since it failed, has none.
+    """
+    wanted = {replica.process.pid for replica in found.replicas}
+    found.record.read()
     async with AsyncClient(address) as client:
-        while waiting:
-            await asyncio.gather(*(client.generate("the cat", seed=seed, steps=2) for seed in range(4)))
-            waiting -= {process for process, _, _ in found.record.read()}
+        at_work: set[int] = set()
+        while at_work != wanted:
+            await asyncio.gather(*(client.generate("the cat", seed=seed, steps=2) for seed in range(len(wanted))))
+            at_work = {process for process, _, _ in found.record.read()}
 
 
-async def together(address: str, schedulers: Sequence[str], at_half: Callable[[], Any] = lambda: None) -> Round:
-    """A generation a scheduler, all at once, seeds from 0; ``at_half`` is called when the first is half way."""
+async def together(
+    address: str,
+    schedulers: Sequence[str],
+    at_half: Callable[[], Any] = lambda: None,
+    ready: Callable[[], bool] = lambda: True,
+) -> Round:
+    """A generation a scheduler, all at once, seeds from 0.
+
+    ``at_half`` is called once, at the first step of any at which one is half way and all is ``ready``: on a busy
+    machine a replica may not have begun when another's first generation ends.
+    """
     seen: list[list[int]] = [[] for _ in schedulers]
     waiting = [at_half]
 
-    def at_step(step: int) -> None:
-        if step >= STEPS // 2 and waiting:
+    def at_step() -> None:
+        if waiting and max(map(max, filter(None, seen))) >= STEPS // 2 and ready():
             waiting.pop()()
 
     async with AsyncClient(address) as client:
@@ -47,7 +61,7 @@ async def together(address: str, schedulers: Sequence[str], at_half: Callable[[]
 
 
 async def _follow(
-    client: AsyncClient, seed: int, scheduler: str, seen: list[int], at_step: Callable[[int], None]
+    client: AsyncClient, seed: int, scheduler: str, seen: list[int], at_step: Callable[[], None]
 ) -> np.ndarray:
     result: Any = None
     # Guidance that is low, since a model of random weights makes of 1e-6 several steps of a pixel where it is high.
@@ -58,6 +72,6 @@ async def _follow(
         async for event in events:
             if isinstance(event, Progress):
                 seen.append(event.step)
-                at_step(event.step)
+                at_step()
             result = event
     return np.asarray(result.generation.images[0].to_pil())

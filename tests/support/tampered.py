@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ class Record:
             lines = file.read().splitlines()
             self._read = file.tell()
         return [(int(process), int(seed), int(evaluation)) for process, seed, evaluation in map(str.split, lines)]
+
+    def at_work(self, process: int) -> "Callable[[], bool]":
+        """What tells whether that process has done an evaluation since now; ``read`` still has it."""
+        since = self.path.stat().st_size
+
+        def told() -> bool:
+            with self.path.open() as file:
+                file.seek(since)
+                return any(line.startswith(f"{process} ") for line in file)
+
+        return told
 
 
 def repeated(done: "Sequence[tuple[int, int, int]]") -> "dict[int, int]":
