@@ -1,5 +1,6 @@
 """Arms interleaved in one run, compared pair by pair, so that what else the machine does hits all of them alike."""
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -56,21 +57,36 @@ class Cost:
     cpu: float
 
 
-def interleave(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round; each round runs the arms in the opposite order of the one before."""
-    costs = interleave_costs(arms, rounds, process_time)
+def interleave(
+    arms: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every arm in every round; each round runs the arms in the opposite order of the one before.
+
+    Args:
+        seconds: no other round is begun after so long.
+        warm: whether the arms were warmed up already; or else each is run once before.
+    """
+    costs = interleave_costs(arms, rounds, process_time, seconds, warm=warm)
     return {name: [cost.wall for cost in found] for name, found in costs.items()}
 
 
 def interleave_costs(
-    arms: Mapping[str, Callable[[], object]], rounds: int, cpu: Callable[[], float]
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    cpu: Callable[[], float],
+    seconds: float = math.inf,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[Cost]]:
     """The same with the CPU seconds of whatever processes ``cpu`` counts."""
     costs: dict[str, list[Cost]] = {name: [] for name in arms}
     names = list(arms)
-    for name in names:
-        arms[name]()  # warm up
-    for _ in range(rounds):
+    for name in [] if warm else names:
+        arms[name]()
+    begun = perf_counter()
+    for done in range(rounds):
+        if done and perf_counter() - begun > seconds:
+            break
         for name in names:
             start, spent = perf_counter(), cpu()
             arms[name]()

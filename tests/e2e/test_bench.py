@@ -23,6 +23,13 @@ def test_arms_warm_up_and_then_take_turns_in_alternating_order() -> None:
     assert all(sample >= 0 for samples in seconds.values() for sample in samples)
 
 
+def test_no_round_begins_when_the_time_is_over_and_one_always_does() -> None:
+    ran: list[str] = []
+    seconds = interleave({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 1000, 0.0, warm=True)
+    assert "".join(ran) == "ab"
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 1, "b": 1}
+
+
 def test_costs_are_of_the_wall_and_of_the_processes_that_are_counted() -> None:
     spent = iter(range(100))
     costs = interleave_costs({"a": lambda: None}, rounds=2, cpu=lambda: float(next(spent)))
