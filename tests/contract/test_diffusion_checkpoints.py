@@ -1,6 +1,7 @@
 """A run frozen at any evaluation goes on elsewhere, bit by bit, whatever its scheduler."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -48,14 +49,18 @@ def test_a_run_goes_on_from_every_kind_of_checkpoint_bit_by_bit(model, other, in
     _goes_on(model, other, inputs)
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize(
-    ("backend", "scheduler"),
-    each_with(BACKENDS, ["DPM++ 2M SDE Karras", "Heun", "PNDM", "DPM++ SDE"], ["DPM++ SDE"]),
+    ("backend", "case"),
+    each_with(
+        BACKENDS,
+        [*itertools.product(["DPM++ 2M SDE Karras", "Heun", "PNDM", "DPM++ SDE"], MODES[1:])],
+        [("DPM++ SDE", "inpainting")],
+    ),
     indirect=["backend"],
     scope="module",
 )
-def test_in_every_mode(model, other, backend, scheduler, mode):
+def test_in_every_mode(model, other, backend, case):
+    scheduler, mode = case
     inputs = every_mode(WIDTHS[backend])[mode]
     _goes_on(model, other, dataclasses.replace(inputs, scheduler=find_scheduler(scheduler), steps=6))
 

@@ -13,7 +13,7 @@ from imagemesh_services.diffusion.backend import BACKENDS, DiffusionModel, Image
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.requests import read_inputs
 from imagemesh_services.diffusion.schedulers import find_scheduler
-from tests.support.backends import load_first
+from tests.support.backends import each_with, load_first
 
 # Width of the prompts' embeddings that each backend's model wants.
 WIDTHS = {"torch": 32, "onnxruntime": 32, "openvino": 32, "fake": 4}
@@ -94,7 +94,12 @@ def test_an_image_begins_in_the_midst_of_the_schedule(model, inputs):
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 5])
-@pytest.mark.parametrize("scheduler", ["Heun", "Euler a", "PNDM"])
+@pytest.mark.parametrize(
+    ("backend", "scheduler"),
+    each_with(BACKENDS, ["Heun", "Euler a", "PNDM"], ["Heun"]),
+    indirect=["backend"],
+    scope="module",
+)
 def test_a_run_goes_on_in_its_phase(model, inputs, scheduler, done):
     inputs = dataclasses.replace(inputs, scheduler=find_scheduler(scheduler))
     first = advance(model, model.start(inputs), done)
