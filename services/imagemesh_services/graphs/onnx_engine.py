@@ -10,7 +10,7 @@ import onnxruntime
 from imagemesh_runtime.errors import FailedPrecondition, shorten
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.graphs.engine import thread_count
-from imagemesh_services.graphs.providers import pick_provider, with_options
+from imagemesh_services.graphs.providers import PROVIDERS, pick_provider, with_options
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,11 @@ def open_session(path: Path, device: str, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device.startswith("directml"):  # which asks for it
         options.enable_mem_pattern = False
-    return onnxruntime.InferenceSession(path, options, providers=with_options(device))
+    session = onnxruntime.InferenceSession(path, options, providers=with_options(device))
+    wanted = PROVIDERS[device.partition(":")[0]]
+    if wanted not in session.get_providers():  # it falls back by itself, such as where the device's memory is full
+        log.warning("onnxruntime: %s could not take %s, which runs on the CPU", wanted, path.name)
+    return session
 
 
 class OnnxEngine:

@@ -48,7 +48,7 @@ def write_onnx(traced: Traced, path: Path) -> None:
             torch.onnx.export(
                 traced.module,
                 tuple(traced.inputs.values()),
-                path,
+                str(path),  # of a path it would not know where to put what exceeds one file
                 input_names=[*traced.inputs],
                 output_names=[*traced.outputs],
                 dynamic_axes={name: dict(axes) for name, axes in traced.free.items()},
