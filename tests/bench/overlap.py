@@ -28,7 +28,7 @@ from tests.support.processes import Process
 from tests.support.tiny_models import build_stable_diffusion
 
 NAME, NET = "overlap-sd", "overlap-net"
-WIDTHS, SIDE, STEPS, GUIDANCE = (128, 256, 512, 512), 256, 4, 5.0
+WIDTHS, SIDE, STEPS, GUIDANCE = (128, 256, 512, 512), 192, 8, 5.0
 TOKENS, CONTEXT = 77, 256
 PATIENCE = 120.0  # seconds for a generation: far more than one takes
 
