@@ -40,6 +40,7 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield loaded, headers
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # schemathesis does, within its strategies
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_answer_is_documented_and_none_is_a_failure(schema: Any, kind: str) -> None:
     loaded, headers = schema
