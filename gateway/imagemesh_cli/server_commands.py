@@ -110,7 +110,7 @@ def _ended_by_signals() -> Iterator[None]:
 
     On a busy machine that takes minutes, and whoever asks a process to stop may not wait so long.
     """
-    codes = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
+    codes: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
     before = {name: signal.signal(name, lambda number, _: os._exit(codes[number])) for name in codes}
     try:
         yield
