@@ -58,6 +58,34 @@ def test_what_came_piece_by_piece_is_as_what_was_there(any_model):
     assert np.abs(whole - plain).max() > 1e-3
 
 
+def test_those_of_several_services_are_added_by_the_model_in_their_order(any_model):
+    """In half precision, where the order of three tells; as they come in a message, not to be written."""
+    backend, model = any_model
+
+    def parts(step: int) -> list[Residuals]:
+        found = []
+        for i in range(3):
+            wide = residuals(10 * step + i)
+            half = [(one * 10**i).astype(np.float16) for one in (*wide.down, wide.mid)]
+            for one in half:
+                one.flags.writeable = False
+            found.append(Residuals(half[:-1], half[-1]))
+        return found
+
+    def added(step: int) -> Residuals:
+        one, other, third = parts(step)
+        down = [a + b + c for a, b, c in zip(one.down, other.down, third.down, strict=True)]
+        return Residuals(down, one.mid + other.mid + third.mid)
+
+    def come_apart(step: int) -> Incoming:
+        incoming = Incoming(model.plus)
+        incoming.complete(*parts(step))
+        return incoming
+
+    whole = finish(model, model.start(asked(backend)), added)
+    np.testing.assert_array_equal(finish(model, model.start(asked(backend)), come_apart), whole)
+
+
 def test_a_run_whose_residuals_are_late_is_where_it_was(any_model):
     backend, model = any_model
     run = model.start(asked(backend))
