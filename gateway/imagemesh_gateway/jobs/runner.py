@@ -103,7 +103,8 @@ class Runner:
             if not self._has_room():
                 pause = max(pause, _RETRY_SECONDS)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):  # Python 3.11's wait_for may swallow that it is cancelled
+                    await self._wake.wait()
 
     def _has_room(self) -> bool:
         running = self._board.running.values()
