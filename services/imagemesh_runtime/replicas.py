@@ -43,7 +43,7 @@ class _Standing:
         under_way: calls from here; ``amount``: of work that they are, in whatever unit the callers have.
         broken: errors in a row that say that it is broken.
         rests: times in a row that it was passed over.
-        rests_until: on the clock of time.monotonic().
+        rests_until: on the clock of time.monotonic(); ``failed_at``: when it failed last, 0: never.
         ready: what it said last.
         told: its load as it said; ``told_at``: when, and with how many calls from here.
         pace: seconds that an amount of 1 took it, lately; 0: not known.
@@ -54,6 +54,7 @@ class _Standing:
     broken: int = 0
     rests: int = 0
     rests_until: float = 0.0
+    failed_at: float = 0.0
     ready: bool = True
     told: load_service_pb2.ReportLoadResponse | None = None
     told_at: float = 0.0
@@ -116,7 +117,7 @@ class Replicas:
 
         If both say their seconds of work, the one that would be done with this amount more sooner; else the one with
         fewer requests. Those to ``avoid``, those that are passed over and those that aren't ready come only when there
-        is nobody else: of these the one first that is passed over for the shortest time.
+        is nobody else: of these the one first whose failure is longest ago.
 
         Raises:
             Unavailable: no replica is known.
@@ -224,7 +225,10 @@ class Replicas:
     def note_failure(self, peer: Peer) -> None:
         """It can't be reached, or goes away: pass it over for a while."""
         standing = self._known.get(peer)
-        if standing is None or standing.rests_until > time.monotonic():
+        if standing is None:
+            return
+        standing.failed_at = time.monotonic()
+        if standing.rests_until > standing.failed_at:
             return
         standing.rests += 1
         standing.rests_until = time.monotonic() + self._rest * min(standing.rests, _LONGEST_REST)
@@ -286,8 +290,10 @@ class Replicas:
             return pool
         good = [peer for peer in pool if not self.rests(peer) and self._known[peer].ready]
         if not good:
-            now = time.monotonic()
-            return sorted(pool, key=lambda peer: self._back_at(peer, now))[:2]
+            failed_at = {peer: self._known[peer].failed_at for peer in pool}
+            good = [peer for peer in pool if failed_at[peer] == min(failed_at.values())]
+        if len(good) == 1:
+            return good
         two = self._draw_two(good)
         loads = [self._known[peer].load() for peer in two]
         if any(seconds is None for seconds, _ in loads):
@@ -296,11 +302,6 @@ class Replicas:
             (seconds or 0.0) + self._known[peer].pace * amount for peer, (seconds, _) in zip(two, loads, strict=True)
         ]
         return two if done[0] <= done[-1] else two[::-1]
-
-    def _back_at(self, peer: Peer, now: float) -> tuple[float, bool]:
-        """When it is no longer passed over; those that say they aren't ready come after others of the same time."""
-        standing = self._known[peer]
-        return max(standing.rests_until, now), not standing.ready
 
     def _draw_two(self, pool: list[Peer]) -> list[Peer]:
         """Two at random, or the only one, each as often as it is quick.

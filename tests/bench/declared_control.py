@@ -19,6 +19,7 @@ from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.parcels import takes_parcels
 from imagemesh_runtime.registry import LoadedModels, ModelCard
+from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.service import ModelServer
 from imagemesh_runtime.tensors import Array, to_proto
 from imagemesh_services.controlnet.backend import ControlInputs, Emit, Loaded, Part
@@ -161,7 +162,7 @@ class Sampler:
         """A session with so many ControlNets."""
         model = f"{self._name}/{way}/{self._last}"
         units = [diffusion_service_pb2.ControlUnit(model=model, image=self._picture, scale=1.0)] * count
-        return open_control(ControlNets([self.peer]), units, self._told, 1, PATIENCE)
+        return open_control(ControlNets(Replicas([self.peer], 5)), units, self._told, 1, PATIENCE)
 
     def question(self, count: int = 1) -> Question:
         return Question(self._sample, 601.0, self._told, list(range(count)))
