@@ -56,12 +56,15 @@ class MilvusStore:
     def __init__(self, config: VitConfig) -> None:
         self._config = config
         uri = config.index_url
+        options: dict[str, bool] = {}
         if not uri:
+            # Milvus Lite takes the pings of an idle connection for an attack.
+            options = {"grpc.keepalive_permit_without_calls": False}
             root = index_root(config)
             root.mkdir(parents=True, exist_ok=True)
             uri = str(root / "milvus.db")
         with _asking():
-            self._client = MilvusClient(uri=uri, token=config.index_token, timeout=_SECONDS)
+            self._client = MilvusClient(uri=uri, token=config.index_token, timeout=_SECONDS, grpc_options=options)
         self._loaded: set[str] = set()
 
     def specs(self) -> Mapping[str, IndexSpec]:
