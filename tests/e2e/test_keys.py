@@ -26,6 +26,7 @@ from imagemesh.v1 import gateway_service_pb2_grpc as rpc
 from imagemesh_cli.host import MeshHost
 from imagemesh_cli.main import main
 from imagemesh_client import Client, MeshError
+from imagemesh_gateway.access.rights import GRPC
 from tests.support.keys import key_file
 from tests.support.mesh import running_mesh
 
@@ -163,6 +164,10 @@ def test_health_is_open_and_everything_else_of_it_is_not(
     with triton.InferenceServerClient(mesh.grpc_address) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
+
+
+def test_every_service_of_the_gateway_has_its_right(mesh: MeshHost) -> None:
+    assert set(mesh.gateway._names) <= set(GRPC)
 
 
 def test_roles_do_what_they_are_for(

@@ -19,7 +19,6 @@ from imagemesh_gateway.access.keys import Role, add_key, read_keys, revoke_key
 from imagemesh_gateway.access.rates import Rates
 from imagemesh_gateway.access.rights import GRPC, RIGHTS, Right, right_of_method, right_of_request
 from imagemesh_gateway.config import GatewayConfig
-from imagemesh_gateway.service import create
 from imagemesh_runtime.errors import FailedPrecondition, NotFound, OverLimit, PermissionDenied, Unauthenticated
 from tests.support.keys import key_file, new_key
 
@@ -213,14 +212,9 @@ def test_a_role_has_the_rights_up_to_its_own(role: Role) -> None:
                 caller.require(right)
 
 
-async def test_every_service_of_the_gateway_has_its_right() -> None:
-    server = create(GatewayConfig(listen="127.0.0.1:0", http_listen="127.0.0.1:0"))
-    try:
-        assert set(server._names) <= set(GRPC)
-    finally:
-        await server.stop()
+def test_every_right_is_of_a_method_that_is_there() -> None:
     methods = {f"{service.full_name}/{one.name}" for service in _services() for one in service.methods}
-    assert {name for name in GRPC if "/" in name} <= methods, "a right of a method that isn't there"
+    assert {name for name in GRPC if "/" in name} <= methods
 
 
 def _services() -> Any:
