@@ -25,6 +25,7 @@ from imagemesh_gateway.service import create
 from imagemesh_runtime import tls
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.config import ServerConfig
+from imagemesh_runtime.discovery import Discovery
 from imagemesh_runtime.errors import FailedPrecondition, Unavailable
 from imagemesh_runtime.lanes import Lane
 from imagemesh_runtime.metrics import Metrics
@@ -282,3 +283,40 @@ def _as_a_client(
         monkeypatch.setenv(f"IMAGEMESH_{name.upper()}", str(path))
     assert main(["models", "--server", host.grpc_address]) == 0
     assert capsys.readouterr().out.count("fake") >= 2
+
+
+class Replica:
+    """A folder's authority, and a certificate of it for a name that no address has."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        made = folder.ca.issue_cert(name)
+        put(folder.key, made.private_key_pem.bytes())
+        put(folder.certificate, b"".join(one.bytes() for one in made.cert_chain_pems))
+
+
+async def test_replicas_behind_a_name_are_called_at_their_addresses_and_shown_to_be_of_that_name(
+    folder: Folder,
+) -> None:
+    Replica(folder, "echo-replicas")
+    server_settings = {key: value for key, value in folder.settings.items() if key != "tls_authority"}
+
+    def connect(address: str, known_as: str) -> Peer:
+        return Peer("echo", address, max_message_bytes=LIMIT, shares_memory=False, tls=folder.files, known_as=known_as)
+
+    async def resolve(host: str) -> list[str]:
+        return ["127.0.0.1"]
+
+    async with serving(**server_settings) as server:
+        port = server.address.rpartition(":")[2]
+        for name, reached in (("echo-replicas", True), ("somebody-else", False)):
+            found = Discovery("echo", f"dns:///{name}:{port}", connect, resolve=resolve)
+            await found.start()
+            try:
+                call = found.replicas.unary(EchoStub(found.replicas.channel).unary, HELLO)
+                if reached:
+                    assert await call == HELLO
+                else:
+                    with pytest.raises(Unavailable):
+                        await call
+            finally:
+                await found.close()

@@ -87,6 +87,10 @@ def test_every_variable_is_a_setting_of_that_service_and_its_value_is_taken(fold
         config(name, one)
 
 
+def probe_of(probe: Any) -> Any:
+    return probe.get("grpc") or probe["httpGet"]
+
+
 @combinations
 def test_ports_probes_and_hooks_are_where_the_service_listens(folder: Path) -> None:
     for name, one in ours(folder):
@@ -94,15 +98,24 @@ def test_ports_probes_and_hooks_are_where_the_service_listens(folder: Path) -> N
         listens = {port(settings.listen), port(settings.metrics_listen), port(settings.admin_listen)}
         listens |= {port(settings.http_listen)} if name == "gateway" else set()
         assert set(ports.values()) == listens
-        assert one["startupProbe"]["grpc"] == {"port": port(settings.listen), "service": READINESS}
+        probes = {when: probe_of(one[f"{when}Probe"]) for when in ("startup", "readiness", "liveness")}
+        by_grpc = {
+            "startup": {"port": port(settings.listen), "service": READINESS},
+            "readiness": {"port": port(settings.listen), "service": READINESS},
+            "liveness": {"port": port(settings.listen), "service": LIVENESS},
+        }
+        by_metrics = {  # gRPC probes know no TLS
+            "startup": {"path": "/readyz", "port": "metrics"}, "readiness": {"path": "/readyz", "port": "metrics"},
+            "liveness": {"path": "/healthz", "port": "metrics"},
+        }  # fmt: skip
+        expected: dict[str, Any] = by_metrics if settings.tls_certificate else by_grpc
         if name == "gateway":  # whose HTTP port asks the services besides
-            assert one["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+            scheme = {"scheme": "HTTPS"} if settings.tls_certificate else {}
+            expected["readiness"] = {"path": "/readyz", "port": "http", **scheme}
+            expected["liveness"] = {"path": "/healthz", "port": "http", **scheme}
             assert one["readinessProbe"]["timeoutSeconds"] >= 2
-            assert one["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
             assert ports["http"] == port(settings.http_listen)
-        else:
-            assert one["readinessProbe"]["grpc"] == {"port": port(settings.listen), "service": READINESS}
-            assert one["livenessProbe"]["grpc"] == {"port": port(settings.listen), "service": LIVENESS}
+        assert probes == expected
         hook = one["lifecycle"]["preStop"]["httpGet"]
         assert ("GET", hook["path"]) in admin_routes(lambda: None)
         assert ports[hook["port"]] == port(settings.admin_listen)
@@ -251,3 +264,43 @@ def test_the_finetuning_job_gives_the_command_what_it_takes_and_writes_where_mod
               for each in template["spec"]["volumes"] if "persistentVolumeClaim" in each}  # fmt: skip
     assert claims == {"models": "models", "data": "finetune-data"}
     assert set(claims.values()) <= {one["metadata"]["name"] for one in find(objects, "PersistentVolumeClaim")}
+
+
+def test_each_service_shows_a_certificate_for_the_name_that_it_is_called_by_and_wants_to_see_the_callers() -> None:
+    objects = render(K8S / "tests" / "mtls")
+    certificates = {one["spec"]["secretName"]: one["spec"] for one in find(objects, "Certificate")}
+    issuers = {one["metadata"]["name"] for one in find(objects, "Issuer")}
+    assert all(one["issuerRef"]["name"] in issuers for one in certificates.values())
+    calls = {
+        address.removeprefix("dns:///").partition(":")[0]
+        for name, one in ours(K8S / "tests" / "mtls")
+        for field in ("text_encoder", "diffusion", "vae", "controlnet", "vit")
+        if (address := getattr(config(name, one), field, ""))
+    }
+    named = {name for one in certificates.values() for name in one.get("dnsNames", ())}
+    assert calls == {f"{name}-replicas" for name in ROOMS if name != "gateway"} <= named
+    for name, template in templates(objects):
+        (one,) = template["spec"]["containers"]
+        secret = next(volume["secret"] for volume in template["spec"]["volumes"] if volume["name"] == "tls")
+        assert certificates[secret["secretName"]]["dnsNames"] == [name, f"{name}-replicas"]
+        assert certificates[secret["secretName"]]["usages"] == ["server auth", "client auth"]
+        settings = config(name, one)
+        at = next(mount["mountPath"] for mount in one["volumeMounts"] if mount["name"] == "tls")
+        assert (settings.tls_certificate, settings.tls_key) == (f"{at}/tls.crt", f"{at}/tls.key")
+        assert settings.tls_authority == f"{at}/ca.crt"
+        assert settings.tls_client_authority == ("" if name == "gateway" else f"{at}/ca.crt")
+
+
+def test_routes_of_the_gateway_api_lead_to_the_gateways_ports() -> None:
+    objects = render(K8S / "tests" / "gateway-api")
+    there = reachable(K8S / "tests" / "gateway-api")
+    (gateway,) = find(objects, "Gateway")
+    listeners = {one["name"]: one["hostname"] for one in gateway["spec"]["listeners"]}
+    routes = list(find(objects, "HTTPRoute", "GRPCRoute"))
+    assert len(routes) == len(listeners) == 2
+    for route in routes:
+        (parent,), (rule,) = route["spec"]["parentRefs"], route["spec"]["rules"]
+        assert parent["name"] == gateway["metadata"]["name"]
+        assert route["spec"]["hostnames"] == [listeners[parent["sectionName"]]]
+        (backend,) = rule["backendRefs"]
+        assert f"{backend['name']}:{backend['port']}" in there

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import yaml
+from cloudcoil.models.cert_manager.v1 import Certificate, Issuer
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 
@@ -20,7 +21,12 @@ KUBECTL = Path(sys.executable).parent / "kubectl"
 K8S = ROOT / "k8s"
 COMBINATIONS = sorted(path.parent for path in [*K8S.glob("overlays/*/*"), *K8S.glob("tests/*/*")])
 VERSION = "1.34"
-CUSTOM = {"ScaledObject": ScaledObject, "PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}
+CUSTOM = {
+    "Certificate": Certificate, "Issuer": Issuer, "PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule,
+    "ScaledObject": ScaledObject,
+}  # fmt: skip
+# Their schemas are no package of Python's: tests/full/test_gateway_api.py holds them to those of npm's.
+ELSEWHERE = {"Gateway", "GRPCRoute", "HTTPRoute"}
 
 Object = Mapping[str, Any]
 
@@ -68,6 +74,8 @@ def check(one: Object) -> None:
 @functools.cache  # most of what combinations hold is the same
 def _check(text: str) -> None:
     one = json.loads(text)
+    if one["kind"] in ELSEWHERE:
+        return
     if one["kind"] in CUSTOM:
         _closed(one["kind"]).validate(one)
     else:
