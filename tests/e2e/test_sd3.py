@@ -45,7 +45,7 @@ def test_clip_skip(client: Client, folder: Path) -> None:
     assert worst(skipped, made(client, "tiny-sd3")) > 1
 
 
-@pytest.mark.parametrize("scheduler", ["Heun", "Euler a", "UniPC", "DPM++ 2M", "LCM"])
+@pytest.mark.parametrize("scheduler", ["Heun", "Euler a", "UniPC", "DPM++ 2M", "LCM", "SA Solver"])
 def test_schedulers(client: Client, folder: Path, scheduler: str) -> None:
     theirs = reference(folder / "tiny-sd3", [3], scheduler=scheduler)
     assert worst(made(client, "tiny-sd3", scheduler=scheduler), theirs) <= 1

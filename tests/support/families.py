@@ -22,6 +22,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler a": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
     "UniPC": ("UniPCMultistepScheduler", _FLOW),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", _FLOW),
+    "SA Solver": ("SASolverScheduler", _FLOW),
     "Euler Karras": ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
     # With the option flow_shift.
     "Euler, 7": ("FlowMatchEulerDiscreteScheduler", {"shift": 7.0, "use_dynamic_shifting": False}),
@@ -57,7 +58,7 @@ def reference(folder: Path, seeds: list[int], scheduler: str = "", kind: str = "
     common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": SIDE, "height": SIDE}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     step, drawing = pipe.scheduler.step, generators if len(generators) > 1 else generators[0]
-    if scheduler in ("Euler a", "LCM"):  # the pipeline forgets to say where to draw from
+    if scheduler in ("Euler a", "LCM", "SA Solver"):  # the pipeline forgets to say where to draw from
         pipe.scheduler.step = lambda *given, **more: step(*given, generator=drawing, **more)
     try:
         images = pipe(

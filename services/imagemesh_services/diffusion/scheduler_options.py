@@ -107,7 +107,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
         "solver_type": Option(str, names=("bh1", "bh2")),
     },
     "SASolverScheduler": {
-        **_SPACED, **_THRESHOLDS, "predictor_order": Option(int, 1, 4), "corrector_order": Option(int, 1, 4),
+        **_SPACED, **_THRESHOLDS, **_SHIFT, "predictor_order": Option(int, 1, 4), "corrector_order": Option(int, 1, 4),
         "lower_order_final": _FLAG,
     },
     "IPNDMScheduler": {},

@@ -27,6 +27,7 @@ _SOLVERS: Final = frozenset(
         "DPMSolverSinglestepScheduler",
         "DEISMultistepScheduler",
         "UniPCMultistepScheduler",
+        "SASolverScheduler",
     }
 )
 
