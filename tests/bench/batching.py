@@ -1,22 +1,25 @@
 """Eight requests of one size and mixed settings: together over one after another, and over what the model allows."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
 
+from imagemesh_services.diffusion.backend import SampleInputs
 from imagemesh_services.diffusion.pace import fit
 from tests.bench.engines import MIXED, EngineArm, load, request
 from tests.bench.harness import Figure, interleave, ratios
 
 ROWS = (1, 2, 4, 8, 16)
-# A round of the larger size takes most of a minute on two slow cores.
+# All rounds of a size are to take about so long: where the machine is slow, or busy, the requests have fewer steps.
 SECONDS = 60.0
+LEAST_SHARE = 0.2
+# Of a round's seconds over those that its requests take in turn: they together, and the model's forwards.
+WHOLE = 2.2
 
 
 def measure(root: Path, name: str, side: int, rounds: int, share: float = 0.5) -> list[Figure]:
-    """``share``: of the requests' steps. No other round is begun after a minute, however many were asked for.
+    """``share``: of the requests' steps, at most.
 
     The model's forwards are timed in the same rounds as both arms, so that all see the same machine.
 
@@ -26,8 +29,6 @@ def measure(root: Path, name: str, side: int, rounds: int, share: float = 0.5) -
     """
     model = load(root, name)
     width = model.trial(side, side).conditioning["prompt_embeds"].shape[-1]
-    asked = [request(width, side, max(int(share * steps), 1), guidance, scheduler, 1 + i)
-             for i, (scheduler, steps, guidance) in enumerate(MIXED)]  # fmt: skip
     ticks: list[tuple[int, float]] = []
 
     def forwards() -> None:
@@ -46,11 +47,22 @@ def measure(root: Path, name: str, side: int, rounds: int, share: float = 0.5) -
             arm.at_once(asked)
             occupancy.append(mean(arm.requests))
 
+        arm.at_once(_requests(width, side, LEAST_SHARE))  # warm up
+        begun = perf_counter()
+        arm.one_after_another(_requests(width, side, LEAST_SHARE))
+        whole = WHOLE * (perf_counter() - begun) / LEAST_SHARE
+        asked = _requests(width, side, min(share, max(SECONDS / rounds / whole, LEAST_SHARE)))
         arms = {"alone": lambda: arm.one_after_another(asked), "together": together, "forwards": forwards}
-        arm.at_once([replace(inputs, steps=4) for inputs in asked])
         seconds = interleave(arms, rounds, SECONDS, warm=True)
     work = [(model.start(inputs).evaluations, inputs.rows) for inputs in asked]
     return _figures(f"batching at {side}x{side}", ticks, work, ratios(seconds, "alone", "together"), occupancy)
+
+
+def _requests(width: int, side: int, share: float) -> list[SampleInputs]:
+    return [
+        request(width, side, max(int(share * steps), 1), guidance, scheduler, 1 + i)
+        for i, (scheduler, steps, guidance) in enumerate(MIXED)
+    ]
 
 
 def _figures(
