@@ -6,7 +6,7 @@ from imagemesh_cli.option_types import folder, folder_to_make, folders, positive
 
 TUNES = ("head", "last", "lora", "all")
 SCHEDULES = ("cosine", "linear", "constant")
-AUGMENTATIONS = ("crop", "flip", "colour")
+AUGMENTATIONS = ("zoom", "flip", "colour")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,6 +76,9 @@ def _how(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weight-decay", type=share, default=0.02, metavar="P", help="of what multiplies (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--smoothing", type=share, default=0.1, metavar="P", help="of the labels in the loss (default: %(default)s)"
     )
     parser.add_argument(
         "--patience", type=whole(0, 10_000), default=0, metavar="N",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from imagemesh_training.finetune.pictures import Picture
 
-LEAST_AREA: Final = 0.6  # of a crop, as a share of the picture's
+LEAST_AREA: Final = 0.6  # of what is taken, as a share of the picture's
+MOST_AREA: Final = 1.7
 MOST_STRETCH: Final = 4 / 3
 
 
@@ -26,19 +28,20 @@ def changed(picture: Picture, kinds: Collection[str], seed: int, epoch: int, ind
     return picture
 
 
-def crop(picture: Picture, rng: np.random.Generator) -> Picture:
-    """A part of the picture at its size: random area and aspect (Szegedy et al., https://arxiv.org/abs/1409.4842)."""
+def zoom(picture: Picture, rng: np.random.Generator) -> Picture:
+    """A part of the picture, or the picture with its edges drawn out, at its size: of random area, aspect and place.
+
+    After Szegedy et al. (https://arxiv.org/abs/1409.4842), whose crops only make things larger.
+    """
     height, width = picture.shape[:2]
-    side = np.sqrt(rng.uniform(LEAST_AREA, 1))
+    side = np.sqrt(rng.uniform(LEAST_AREA, MOST_AREA))
     stretch = np.sqrt(np.exp(rng.uniform(-np.log(MOST_STRETCH), np.log(MOST_STRETCH))))
-    wide, high = (max(1, min(most, round(most * part))) for most, part in (
-        (width, side * stretch), (height, side / stretch),
-    ))  # fmt: skip
-    left, top = int(rng.integers(width - wide + 1)), int(rng.integers(height - high + 1))
-    part = Image.fromarray(picture).resize(
-        (width, height), Image.Resampling.BICUBIC, box=(left, top, left + wide, top + high)
-    )
-    return np.asarray(part)
+    wide, high = width * side * stretch, height * side / stretch
+    left, top = (rng.uniform(min(0, room), max(0, room)) for room in (width - wide, height - high))
+    beyond = [max(0, math.ceil(taken - there)) for taken, there in ((high, height), (wide, width))]
+    whole = np.pad(picture, ((beyond[0], beyond[0]), (beyond[1], beyond[1]), (0, 0)), "edge")
+    box = (left + beyond[1], top + beyond[0], left + beyond[1] + wide, top + beyond[0] + high)
+    return np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def flip(picture: Picture, rng: np.random.Generator) -> Picture:
@@ -56,7 +59,7 @@ def colour(picture: Picture, rng: np.random.Generator) -> Picture:
 
 
 KINDS: Final[Mapping[str, Callable[[Picture, np.random.Generator], Picture]]] = {
-    "crop": crop,
+    "zoom": zoom,
     "flip": flip,
     "colour": colour,
 }

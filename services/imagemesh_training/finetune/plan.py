@@ -20,7 +20,7 @@ SCHEDULES: Final[Mapping[str, str]] = {
     "linear": "linear",
     "constant": "constant_with_warmup",
 }
-AUGMENTATIONS: Final = ("crop", "flip", "colour")
+AUGMENTATIONS: Final = ("zoom", "flip", "colour")
 PRECISIONS: Final = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,6 +35,7 @@ class Plan:
         batch: pictures of a forward; ``accumulate`` forwards make a step.
         lr: at its peak; None: by ``tune``.
         warmup: share of the steps in which the rate rises to that.
+        smoothing: share of each label's probability that the others are to have, which small data profits from.
         patience: epochs without a better result after which to stop; 0: never.
         augment: of ``AUGMENTATIONS``, what is done to pictures that are learned from.
         checkpointing: compute layers again in the backward pass, which takes less memory and more time.
@@ -50,6 +51,7 @@ class Plan:
     schedule: str = "cosine"
     warmup: float = 0.1
     weight_decay: float = 0.02
+    smoothing: float = 0.1
     patience: int = 0
     augment: tuple[str, ...] = AUGMENTATIONS
     precision: str = "auto"

@@ -212,7 +212,8 @@ class Training:
         state.optimizer.zero_grad(set_to_none=True)
         sum_of_losses = 0.0
         for pixels, labels in group:
-            loss = functional.cross_entropy(self._logits(learner, pixels), labels.to(self.device), reduction="sum")
+            logits, there = self._logits(learner, pixels), labels.to(self.device)
+            loss = functional.cross_entropy(logits, there, reduction="sum", label_smoothing=self.plan.smoothing)
             torch.autograd.backward(state.scaler.scale(loss / total))
             sum_of_losses += loss.item()
         if not np.isfinite(sum_of_losses):

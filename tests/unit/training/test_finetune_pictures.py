@@ -98,7 +98,7 @@ def test_whole_pictures_are_counted_to_the_last(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_changed_by_its_epoch_and_number_alone() -> None:
-    picture, kinds = coloured("green", 3), ("crop", "flip", "colour")
+    picture, kinds = coloured("green", 3), ("zoom", "flip", "colour")
     first = changed(picture, kinds, 0, 2, 5)
     assert (first.shape, first.dtype) == (picture.shape, np.uint8)
     assert np.array_equal(first, changed(picture, kinds, 0, 2, 5))
@@ -108,4 +108,4 @@ def test_a_picture_is_changed_by_its_epoch_and_number_alone() -> None:
 
 
 def test_the_smallest_picture_can_be_changed() -> None:
-    assert changed(np.zeros((1, 1, 3), np.uint8), ("crop", "flip", "colour"), 0, 0, 0).shape == (1, 1, 3)
+    assert changed(np.zeros((1, 1, 3), np.uint8), ("zoom", "flip", "colour"), 0, 0, 0).shape == (1, 1, 3)
