@@ -21,7 +21,7 @@ MEASURED = (
     "alarm clock", "compass", "kite", "game die", "bucket", "broom", "chair", "ladder", "toilet", "canoe",
 )  # fmt: skip
 OTHERS = (
-    "otter", "turkey", "beetle", "sauropod", "dodo", "salt", "bagel", "moai", "saw", "toolbox",
+    "otter", "turkey", "beetle", "sauropod", "dodo", "salt", "bagel", "moai", "carpentry saw", "toolbox",
     "hourglass not done", "world map", "yo yo", "chess pawn", "soap", "bathtub", "bed", "parachute", "satellite",
     "tram car",
 )  # fmt: skip
