@@ -19,6 +19,7 @@ def test_what_checkov_finds_is_waived_and_each_waiver_is_needed(tmp_path: Path) 
         (tmp_path / f"{folder.name}.yaml").write_text(yaml.safe_dump_all(render(folder)))
     command = [
         tool("checkov", "checkov==3.3.30"),
+        "--skip-download",
         "--framework",
         "kubernetes",
         "--directory",
