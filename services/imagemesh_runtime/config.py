@@ -56,8 +56,6 @@ class ModelServerConfig(ServerConfig):
     models: str = ""
     device: str = "auto"
     dtype: str = "float32"
-    # A backend of torch.compile, such as "inductor", for what torch runs; empty: as it is written.
-    compile: str = ""
     # Where backends that run graphs keep those they make of models; empty: in a folder of the user's cache.
     graphs: str = ""
     # Where `imagemesh tune --engines` keeps what it measured; empty: in a file of the user's state.

@@ -65,22 +65,6 @@ def pick_dtype(choice: str) -> torch.dtype:
     return DTYPES[choice]
 
 
-def check_compile(choice: str) -> str:
-    """The name of a backend of torch.compile, or "".
-
-    Raises:
-        InvalidArgument: it has no such backend.
-    """
-    if choice and choice not in (known := torch._dynamo.list_backends(exclude_tags=())):
-        raise InvalidArgument("compile", choice, f"empty or one of {', '.join(known)}")
-    return choice
-
-
-def compiled(module: Any, choice: str) -> Any:
-    """The module as torch.compile's backend of that name makes it, at its first call, for any shape; "": as it is."""
-    return torch.compile(module, backend=choice, dynamic=True) if choice else module
-
-
 def set_threads(threads: int) -> None:
     """Bound the threads of one computation for the whole process; 0: the cores that this process may use."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))

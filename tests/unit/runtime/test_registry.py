@@ -267,7 +267,6 @@ TABLE = {
     "absent": BackendEntry("nowhere:Nothing", library="a_library_that_is_not_there"),
     "dotted": BackendEntry("nowhere:Nothing", library="a_library.that_is_not_there"),
     "fake": BackendEntry("fractions:Fraction", explicit=True),
-    "half": BackendEntry("nowhere:Nothing", library="decimal", beside=("json", "a_library_that_is_not_there")),
     "here": BackendEntry("decimal:Decimal", library="decimal"),
     "later": BackendEntry("nowhere:Nothing"),
 }
@@ -283,14 +282,14 @@ def test_an_explicit_backend_is_picked_by_name_only() -> None:
         choose_backend({name: TABLE[name] for name in ("absent", "fake")}, "auto")
 
 
-@pytest.mark.parametrize("name", ["absent", "dotted", "half"])
+@pytest.mark.parametrize("name", ["absent", "dotted"])
 def test_a_missing_library_is_named(name: str) -> None:
     with pytest.raises(FailedPrecondition, match=r"needs the package a_library[._]that_is_not_there"):
         choose_backend(TABLE, name)
 
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
-    with pytest.raises(InvalidArgument, match="auto or one of absent, dotted, fake, half, here, later"):
+    with pytest.raises(InvalidArgument, match="auto or one of absent, dotted, fake, here, later"):
         choose_backend(TABLE, "nonsense")
 
 

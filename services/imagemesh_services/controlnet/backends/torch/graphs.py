@@ -74,7 +74,7 @@ class GraphControlNet(TorchControlNet):
 
     def __init__(self, config: ControlNetConfig) -> None:
         self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu", compile=""))
+        super().__init__(dataclasses.replace(config, device="cpu"))
         self.device = self._compiler.engine.device
 
     def cards(self) -> Mapping[str, ModelCard]:

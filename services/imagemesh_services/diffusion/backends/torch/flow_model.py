@@ -24,7 +24,7 @@ from imagemesh_services.diffusion.backends.torch.scheduler_factory import Schedu
 from imagemesh_services.diffusion.backends.torch.start import LatentScale, check_image
 from imagemesh_services.diffusion.backends.torch.together import Begun, advance_together
 from imagemesh_services.diffusion.guiders import CFG, GUIDERS, Guider
-from imagemesh_services.torch_support import compiled, plus
+from imagemesh_services.torch_support import plus
 
 # Latents in each direction that are one of the model's tokens: all of these families patch them so.
 _PATCH = 2
@@ -54,7 +54,7 @@ class FlowModel:
         self.multiple = self.scale_factor * _PATCH
         self.widths = {name: int(transformer.config[setting]) for name, setting in family.widths.items()}
         self._family = family
-        self.transformer = self._plain = transformer
+        self.transformer = transformer
         self._scheduler = scheduler
         self._schedulers = Schedulers(scheduler)
         self._max_rows = max_rows
@@ -65,10 +65,6 @@ class FlowModel:
 
     def find_adapters(self, names: Sequence[str]) -> list[str]:
         return list(names)  # ``start`` refuses them
-
-    def compile(self, choice: str) -> None:
-        """Have forwards compiled by torch.compile's backend of that name."""
-        self._plain = compiled(self.transformer, choice)
 
     def start(self, inputs: SampleInputs) -> FlowRun:
         image = inputs.image
@@ -128,7 +124,7 @@ class FlowModel:
         whole = merge(calls, form)
         found: list[Any] = []
         for start in range(0, rows_of(whole, form), self._max_rows):
-            rows = self._plain(**part(whole, slice(start, start + self._max_rows), form))[0]
+            rows = self.transformer(**part(whole, slice(start, start + self._max_rows), form))[0]
             found += list(rows)
         answers, at = [], 0
         for call in calls:

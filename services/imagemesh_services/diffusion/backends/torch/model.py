@@ -18,7 +18,7 @@ from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.registry import ModelCard, ModelFolder, Repository, cards_of
 from imagemesh_services.diffusion.backend import Late, Run, SampleInputs, Steering, Wants
 from imagemesh_services.diffusion.backends.torch import flow_model
-from imagemesh_services.diffusion.backends.torch.adapters import NOTHING, Adapters, as_added
+from imagemesh_services.diffusion.backends.torch.adapters import Adapters, as_added
 from imagemesh_services.diffusion.backends.torch.families import family_of
 from imagemesh_services.diffusion.backends.torch.features import taken_out
 from imagemesh_services.diffusion.backends.torch.flow_schedulers import for_noise
@@ -37,15 +37,7 @@ from imagemesh_services.diffusion.backends.torch.trial import trial_inputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
 from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import (
-    check_compile,
-    compiled,
-    load_module,
-    pick_device,
-    pick_dtype,
-    plus,
-    set_threads,
-)
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, plus, set_threads
 
 # What an imagemesh.json may say.
 _SUITS = {"steps": int, "guidance_scale": float}
@@ -80,17 +72,12 @@ class TorchDiffusionModel:
         self._family = family
         self.wants = Wants(family.conditioning)
         self._max_rows = max_rows
-        # The second may be compiled: it runs where nothing has hooks on the layers or changed them.
-        self._unet = self._plain = unet
+        self._unet = unet
         self._schedulers = Schedulers(scheduler)
         self._adapters = Adapters(name, unet, repository)
 
     def find_adapters(self, names: Sequence[str]) -> list[str]:
         return self._adapters.find(names)
-
-    def compile(self, choice: str) -> None:
-        """Have forwards compiled by torch.compile's backend of that name."""
-        self._plain = compiled(self._unet, choice)
 
     def start(self, inputs: SampleInputs) -> TorchRun:
         width = self._unet.config.cross_attention_dim
@@ -156,13 +143,11 @@ class TorchDiffusionModel:
                 control = self.injection(self._unet, [part], [residuals], rows.start)
                 given = (part.sample[rows], part.timestep, (part.prompts[rows], None), control)
                 with run.guidance.drawing(i) if run.guidance.draws else nullcontext():
-                    added = {name: one[rows] for name, one in part.added.items()}
-                    predicted.append(self._forward(self._unet, *given, added))
+                    predicted.append(self._forward(*given, {name: one[rows] for name, one in part.added.items()}))
         return torch.cat(predicted)
 
     def _forward(
         self,
-        unet: Any,
         sample: torch.Tensor,
         timestep: torch.Tensor,
         told: tuple[torch.Tensor, torch.Tensor | None],
@@ -183,7 +168,7 @@ class TorchDiffusionModel:
                 more["encoder_attention_mask"] = mask[rows]
             time = timestep[rows] if timestep.dim() else timestep
             with control.into(rows):
-                found = unet(sample[rows], time, encoder_hidden_states=prompts[rows], return_dict=False, **more)
+                found = self._unet(sample[rows], time, encoder_hidden_states=prompts[rows], return_dict=False, **more)
             predicted.append(found[0])
         return torch.cat(predicted)
 
@@ -193,11 +178,9 @@ class TorchDiffusionModel:
         if not begun:
             return []
         parts = [part for _, part in begun]
-        touched = parts[0].adapted != NOTHING or any(residuals[i] is not None for i, _ in begun)
         try:
             with self._adapters.at_work(parts[0].adapted):
                 predicted = self._forward(
-                    self._unet if touched else self._plain,
                     torch.cat([part.sample for part in parts]),
                     merge_timesteps(parts),
                     merge_prompts(parts),
@@ -229,7 +212,6 @@ class TorchDiffusion:
         self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
-        self._compile = check_compile(config.compile)
         self._max_rows = config.max_batch
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
@@ -248,14 +230,11 @@ class TorchDiffusion:
         fingerprint = fingerprint_of([folder.path / part, folder.path / "scheduler"], *marks)
         vae = folder.read("vae", "config.json")
         given = (name, module, scheduler, vae, self._max_rows, fingerprint)
-        model = self.model(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
-        model.compile(self._compile)
-        return model
+        return self.model(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
 
     def _marks(self) -> tuple[object, ...]:
         """What a run's bits depend on besides the weights."""
-        versions = (torch.__version__, diffusers.__version__)
-        return (self.name, self._dtype, self._device.type, *versions, *([self._compile] if self._compile else []))
+        return (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
 
     def _module(self, cls: Any, path: Path) -> Any:
         """The module of that class in a folder of its own."""

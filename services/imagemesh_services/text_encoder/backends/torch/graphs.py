@@ -29,7 +29,7 @@ class GraphTextEncoder(TorchTextEncoder):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu", compile=""))
+        super().__init__(dataclasses.replace(config, device="cpu"))
         self.device = self._compiler.engine.device
 
     def cards(self) -> Mapping[str, ModelCard]:

@@ -28,7 +28,7 @@ class GraphVae(TorchVae):
 
     def __init__(self, config: VaeConfig) -> None:
         self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu", compile=""))
+        super().__init__(dataclasses.replace(config, device="cpu"))
         self.device = self._compiler.engine.device
 
     def cards(self) -> Mapping[str, ModelCard]:

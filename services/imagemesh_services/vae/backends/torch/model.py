@@ -13,16 +13,7 @@ from imagemesh_runtime.errors import NotFinite
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import (
-    check_compile,
-    compiled,
-    load_module,
-    pick_device,
-    pick_dtype,
-    set_threads,
-    to_numpy,
-    to_torch,
-)
+from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
 from imagemesh_services.vae.backend import MemoryOptions
 from imagemesh_services.vae.config import VaeConfig
 
@@ -126,7 +117,6 @@ class TorchVae:
         self.repository = open_repository(config)
         self._device = pick_device(config.device)
         self._dtype = pick_dtype(config.dtype)
-        self._compile = check_compile(config.compile)
         self.device, self.dtype = str(self._device), config.dtype
         set_threads(config.threads)
 
@@ -139,10 +129,7 @@ class TorchVae:
         upcast = folder.read("vae", "config.json").get("force_upcast", True) and self._dtype == torch.float16
         dtype = torch.float32 if upcast else self._dtype
         cls, made = MODELS[folder.config["vae"][1]]
-        vae = load_module(cls, folder.path / "vae", dtype, self._device)
-        if cls is AutoencoderKL:  # a video's is called a frame at a time, with what it kept of the last
-            vae.encoder, vae.decoder = (compiled(part, self._compile) for part in (vae.encoder, vae.decoder))
-        return made(name, vae)
+        return made(name, load_module(cls, folder.path / "vae", dtype, self._device))
 
 
 def _card(folder: ModelFolder) -> ModelCard | None:
