@@ -4,7 +4,8 @@ metrics -> call context (trace, deadline, Server-Timing) -> spans, if any -> err
 who asks) -> shared memory -> the servicer's method.
 
 A layer is an async context manager around the call; one interceptor adapts them to gRPC's four kinds of RPC. It also
-parses and serialises the messages itself, so that a request that can't be parsed is an error like any other.
+parses and serialises the messages itself, so that a request that can't be parsed is an error like any other, and reads
+them inside of the layers: who is refused sends none, and who sends none waits no longer than the call's deadline.
 """
 
 import asyncio
@@ -50,6 +51,13 @@ _KINDS = {
 _CANCEL_LAG_SECONDS = 0.002
 # Streams that last as long as their client likes: each of their requests has the default deadline instead.
 _LASTING = {("inference.GRPCInferenceService", "ModelStreamInfer")}
+# What anybody may ask, also without a key: nothing to wait for, so nobody holds a call's place by it for long.
+_QUICK = {
+    ("grpc.health.v1.Health", "Check"),
+    ("inference.GRPCInferenceService", "ServerLive"),
+    ("inference.GRPCInferenceService", "ServerReady"),
+}
+_QUICK_SECONDS = 10.0
 
 
 @dataclass
@@ -103,14 +111,13 @@ def context_layer(default_timeout: float) -> Layer:
     """Give the call its trace and its deadline, and tell the caller afterwards what it cost.
 
     gRPC's own services (health, reflection) get no default deadline: a health watch lasts as long as its client. Nor
-    do streams that see to it themselves.
+    do streams that see to it themselves. What only asks how the server is gets a short one.
     """
 
     @asynccontextmanager
     async def layer(call: Call) -> AsyncIterator[None]:
         trace = Trace.parse(call.metadata.get("traceparent"))
-        lasts = call.service.startswith("grpc.") or (call.service, call.method) in _LASTING
-        limits = [] if lasts else [default_timeout]
+        limits = _default_limits((call.service, call.method), default_timeout)
         remaining = call.context.time_remaining()
         if remaining is not None:
             limits.append(remaining)
@@ -125,6 +132,12 @@ def context_layer(default_timeout: float) -> Layer:
             call.context.set_trailing_metadata((*held, ("server-timing", current.server_timing)))
 
     return layer
+
+
+def _default_limits(method: tuple[str, str], usual: float) -> list[float]:
+    if method in _QUICK:
+        return [min(usual, _QUICK_SECONDS)]
+    return [] if method[0].startswith("grpc.") or method in _LASTING else [usual]
 
 
 def spans_layer(spans: Spans) -> Layer:
@@ -244,20 +257,20 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _wrap(self, behaviour: Any, streams: tuple[bool, bool], begin: Callable[[Any], "_Wire"]) -> Any:
 
-        async def to_unary(request: Any, context: Any) -> bytes:
+        async def to_unary(requests: Any, context: Any) -> bytes:
             wire = begin(context)
             async with _stacked(self._layers, wire.call):
-                response = await behaviour(wire.input(request), wire)
+                response = await behaviour(await wire.input(requests), wire)
                 if wire.call.final_code() is not grpc.StatusCode.OK:
                     return b""  # the servicer set a code; gRPC sends no message with it
                 return await wire.encode(response)
             raise AssertionError("a layer swallowed an error")
 
-        async def to_stream(request: Any, context: Any) -> None:
+        async def to_stream(requests: Any, context: Any) -> None:
             # Not a generator: so the servicer's one is closed at once, in this task, when the caller goes.
             wire = begin(context)
             async with _stacked(self._layers, wire.call):
-                produced = behaviour(wire.input(request), wire)
+                produced = behaviour(await wire.input(requests), wire)
                 if not hasattr(produced, "__aiter__"):
                     await produced  # a coroutine that calls context.write
                     return
@@ -265,13 +278,10 @@ class LayeredInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     async for response in produced:
                         await wire.write(response)
 
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[streams]
-        return make(to_stream if streams[1] else to_unary)
+        # Also where there is one request: gRPC would receive that before it calls what it takes for a unary handler.
+        if streams[1]:
+            return grpc.stream_stream_rpc_method_handler(to_stream)
+        return grpc.stream_unary_rpc_method_handler(to_unary)
 
 
 class _Wire:
@@ -293,9 +303,9 @@ class _Wire:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.call.context, name)
 
-    def input(self, request: Any) -> Any:
+    async def input(self, requests: AsyncIterator[bytes]) -> Any:
         """The request, or an iterator of requests."""
-        return self._requests(request) if self._streams_in else self.decode(request)
+        return self._requests(requests) if self._streams_in else await self._only()
 
     def decode(self, data: bytes) -> Any:
         self._received.inc()
@@ -330,6 +340,13 @@ class _Wire:
 
     async def write(self, message: Any) -> None:
         await self.call.context.write(await self.encode(message))
+
+    async def _only(self) -> Any:
+        request = await self.read()
+        if request is grpc.aio.EOF:
+            await asyncio.sleep(_CANCEL_LAG_SECONDS)
+            raise InvalidArgument("request", "no message", "one message")
+        return request
 
     async def _requests(self, data: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for one in data:

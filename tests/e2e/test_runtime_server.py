@@ -5,6 +5,8 @@ import gc
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -13,11 +15,14 @@ from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from imagemesh_runtime import interceptors
 from imagemesh_runtime.config import ServerConfig
+from imagemesh_runtime.errors import Unauthenticated
+from imagemesh_runtime.interceptors import Call
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.server import LIVENESS, READINESS, MeshServer
 from imagemesh_runtime.service import serve
-from tests.support.echo import NAME, Echo, EchoStub, calling, echoing, http, scrape, serving
+from tests.support.echo import NAME, Echo, EchoStub, add_echo, calling, echoing, http, scrape, serving
 
 HELLO = StringValue(value="hello")
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -307,3 +312,40 @@ async def test_a_start_that_fails_stops_what_had_started() -> None:
         with pytest.raises(RuntimeError):
             await serve(lambda: server)
     assert server.stopped.is_set()
+
+
+@asynccontextmanager
+async def _closed(call: Call) -> AsyncIterator[None]:
+    raise Unauthenticated("CREDENTIALS_MISSING", "an API key is needed")
+    yield
+
+
+@pytest.mark.parametrize("method", ["Unary", "ServerStream"])
+async def test_who_is_refused_hears_so_before_any_message_is_read(method: str) -> None:
+    server = MeshServer(ServerConfig(), Metrics("echo"), layers=[_closed])
+    server.add(add_echo, Echo(), NAME)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = channel.stream_stream(f"/{NAME}/{method}")(timeout=5)  # headers, and then nothing
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        await server.stop()
+
+
+async def test_a_call_whose_message_does_not_come_ends_by_the_servers_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interceptors, "_QUICK_SECONDS", 0.01)
+    async with serving(request_timeout_seconds=0.01) as server, grpc.aio.insecure_channel(server.address) as channel:
+        for path in (f"/{NAME}/Unary", "/grpc.health.v1.Health/Check"):
+            call = channel.stream_stream(path)()
+            async with asyncio.timeout(5):
+                assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_call_that_ends_without_its_message_is_an_invalid_argument() -> None:
+    async with echoing() as (server, _), grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.stream_stream(f"/{NAME}/Unary")(timeout=5)
+        await call.done_writing()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
