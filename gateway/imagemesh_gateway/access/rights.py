@@ -24,6 +24,8 @@ _LOOK, _MAKE, _MANAGE = Right.LOOK, Right.MAKE, Right.MANAGE
 GRPC: Final[Mapping[str, Right]] = {
     # Kubernetes' probes and load balancers have no key.
     "grpc.health.v1.Health": Right.OPEN,
+    # They call Check; a watch lasts, and holds a call's place as long.
+    "grpc.health.v1.Health/Watch": _LOOK,
     "grpc.reflection.v1.ServerReflection": _LOOK,
     "grpc.reflection.v1alpha.ServerReflection": _LOOK,
     "imagemesh.v1.GatewayService": _MAKE,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2
 
 from imagemesh.v1 import priority_pb2
@@ -220,7 +221,7 @@ def test_every_right_is_of_a_method_that_is_there() -> None:
 def _services() -> Any:
     from imagemesh.v1 import gateway_service_pb2, job_service_pb2, preprocess_service_pb2, search_service_pb2
 
-    files = (gateway_service_pb2, job_service_pb2, preprocess_service_pb2, search_service_pb2, service_pb2)
+    files = (gateway_service_pb2, job_service_pb2, preprocess_service_pb2, search_service_pb2, service_pb2, health_pb2)
     return [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
 
 
@@ -229,6 +230,11 @@ def test_what_is_not_listed_takes_an_admin() -> None:
     assert right_of_method("imagemesh.v1.SearchService", "DeleteIndex") is Right.MANAGE
     assert right_of_method("inference.GRPCInferenceService", "RepositoryModelUnload") is Right.MANAGE
     assert right_of_method("imagemesh.v1.JobService", "CancelJob") is Right.MAKE
+
+
+def test_health_is_open_to_probes_and_not_to_who_watches_for_ever() -> None:
+    assert right_of_method("grpc.health.v1.Health", "Check") is Right.OPEN
+    assert right_of_method("grpc.health.v1.Health", "Watch") is Right.LOOK
 
 
 @pytest.mark.parametrize(
