@@ -164,9 +164,12 @@ def server_certificates(config: ServerConfig) -> Certificates | None:
     """What a server shows and asks for; None: it knows no TLS.
 
     Raises:
-        FailedPrecondition: the files are not there, or don't fit together.
+        FailedPrecondition: the files are not there, or don't fit together; or callers are to show what anybody has.
     """
     files = TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_authority)
+    if files.authority == SYSTEM:  # gRPC's server has none of its own, and would ask callers for no certificate
+        told = "a PEM file of the authorities whose certificates callers must show, or empty"
+        raise FailedPrecondition(f"tls_client_authority must be {told}, got {SYSTEM!r}")
     if files.authority and not files.certificate:
         raise FailedPrecondition("tls_client_authority needs tls_certificate and tls_key: callers come by TLS then")
     return Certificates(files) if files else None

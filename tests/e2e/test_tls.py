@@ -182,6 +182,7 @@ def test_files_that_do_not_fit_together_change_nothing_until_they_do(
         ({"tls_key": ""}, "tls_certificate and tls_key belong together"),
         ({"tls_certificate": "", "tls_key": ""}, "tls_client_authority needs tls_certificate"),
         ({"tls_client_authority": "KEY"}, "TLS by .*"),
+        ({"tls_client_authority": "system"}, "tls_client_authority must be a PEM file .*, got 'system'"),
     ],
 )
 def test_what_cannot_be_served_with_is_refused_at_the_start(folder: Folder, change: Any, complaint: str) -> None:
