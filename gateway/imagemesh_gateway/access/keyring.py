@@ -32,6 +32,7 @@ class Keyring:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = self._stamp()
+        self._complained: tuple[int, ...] | None = None
         self._keys = read_keys(path)
         self._watch: asyncio.Task[None] | None = None
 
@@ -46,17 +47,19 @@ class Keyring:
             await asyncio.gather(self._watch, return_exceptions=True)
 
     def refresh(self) -> None:
-        """Read the file again if it is another one."""
+        """Read the file again if it is another one than was read last; what fails is tried again."""
         stamp = self._stamp()
         if stamp == self._seen:
             return
-        self._seen = stamp
         try:
             self._keys = read_keys(self._path)
         except MeshError as error:
-            log.error("the keys that were known before are taken on: %s", error)
-        else:
-            log.info("%d keys were read from %s", len(self._keys), self._path)
+            if stamp != self._complained:
+                log.error("the keys that were known before are taken on: %s", error)
+            self._complained = stamp
+            return
+        self._seen, self._complained = stamp, None
+        log.info("%d keys were read from %s", len(self._keys), self._path)
 
     def authenticate(self, header: str | None) -> Caller:
         """Who shows that header.

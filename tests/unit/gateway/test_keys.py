@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2
 
 from imagemesh.v1 import priority_pb2
+from imagemesh_gateway.access import keyring as keyring_module
 from imagemesh_gateway.access.caller import Caller
 from imagemesh_gateway.access.door import require_keys
 from imagemesh_gateway.access.keyring import Keyring
@@ -148,6 +149,27 @@ def test_a_changed_file_counts_and_a_broken_one_changes_nothing(path: Path, capl
     keyring.refresh()
     assert keyring.authenticate(f"Bearer {late}").tenant == "a"
     assert caplog.text.count("the keys that were known before are taken on") == 2
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_read_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = key_file(path, alice={})["alice"]
+    keyring = Keyring(path)
+    revoke_key(path, token[3:13])
+
+    def broken(_: Path) -> Any:
+        raise FailedPrecondition("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keyring_module, "read_keys", broken)
+        for _ in range(2):
+            keyring.refresh()
+    assert keyring.authenticate(f"Bearer {token}").tenant == "a"
+    keyring.refresh()
+    with pytest.raises(Unauthenticated, match="was revoked"):
+        keyring.authenticate(f"Bearer {token}")
+    assert caplog.text.count("the keys that were known before are taken on") == 1
 
 
 def test_a_bucket_lets_a_burst_through_and_then_what_comes_in() -> None:
