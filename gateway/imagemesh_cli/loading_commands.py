@@ -3,13 +3,12 @@
 from argparse import Namespace
 from dataclasses import asdict
 
-from imagemesh_cli.console import print_json
-from imagemesh_client import Client
+from imagemesh_cli.console import connected, print_json
 
 
 def load(args: Namespace) -> int:
     """Have a classifier in memory."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with connected(args) as client:
         model = client.load_model(args.model)
     if args.json:
         print_json(asdict(model))
@@ -21,7 +20,7 @@ def load(args: Namespace) -> int:
 
 def unload(args: Namespace) -> int:
     """Drop one from memory."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with connected(args) as client:
         was_loaded = client.unload_model(args.model)
     if args.json:
         print_json({"name": args.model, "was_loaded": was_loaded})

@@ -62,7 +62,7 @@ def duplicates(args: Namespace) -> int:
 
 def clusters(args: Namespace) -> int:
     """Part an index's pictures into groups that are alike."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with connected(args) as client:
         found = client.indexes.clusters(args.index, args.clusters, seed=args.seed)
     if args.json:
         members = [
@@ -81,7 +81,7 @@ def clusters(args: Namespace) -> int:
 
 def vectors(args: Namespace) -> int:
     """Write an index's vectors to a Parquet file."""
-    with Client(args.server, timeout=args.timeout) as client:
+    with connected(args) as client:
         count = client.indexes.export(args.index, args.output)
     if args.json:
         print_json({"file": str(args.output), "count": count})

@@ -100,6 +100,14 @@ def test_a_variable_that_is_no_address_disturbs_nobody_who_does_not_use_it(
     assert run("up", "--help")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "arguments", [("load", "vit"), ("unload", "vit"), ("clusters",), ("vectors", "-o", "v.parquet")]
+)
+def test_commands_for_an_admins_key_connect_as_all_others_do(run: Run, arguments: tuple[str, ...]) -> None:
+    code, _, err = run(*arguments, "--api-key", "im_key", "--tls-authority", "nowhere.pem")
+    assert (code, "nowhere.pem: No such file" in err) == (1, True)
+
+
 @pytest.mark.parametrize(("arguments", "tells"), [((), "generate"), (("jobs",), "watch")])
 def test_no_command_at_all_is_told_which_there_are(run: Run, arguments: tuple[str, ...], tells: str) -> None:
     code, out, err = run(*arguments)
