@@ -108,6 +108,6 @@ def _without_pictures(
     light.CopyFrom(request)
     light.ClearField("image")
     light.ClearField("mask")
-    for unit in light.controls:
-        unit.ClearField("image")
+    for one in (*light.controls, *light.references):
+        one.ClearField("image")
     return light
