@@ -1,10 +1,13 @@
 """Loading by name, at the ViT service."""
 
+from contextlib import suppress
 from typing import Any
 
 from imagemesh.v1 import model_loading_service_pb2 as pb
 from imagemesh.v1 import model_loading_service_pb2_grpc as rpc
+from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.mesh import Mesh
+from imagemesh_runtime.errors import MeshError
 
 
 class LoadingForwarder(rpc.ModelLoadingServiceServicer):
@@ -15,11 +18,17 @@ class LoadingForwarder(rpc.ModelLoadingServiceServicer):
         self._stub = rpc.ModelLoadingServiceStub(mesh.vit.channel)
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
-        answer: pb.LoadModelResponse = (await self._mesh.vit.everywhere(self._stub.LoadModel, request))[0]
-        await self._mesh.catalogue.fetch(self._mesh.vit)
-        return answer
+        answers = await self._everywhere(self._stub.LoadModel, request)
+        return pb.LoadModelResponse(model=answers[0].model, changed=any(one.changed for one in answers))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
-        answer: pb.UnloadModelResponse = (await self._mesh.vit.everywhere(self._stub.UnloadModel, request))[0]
-        await self._mesh.catalogue.fetch(self._mesh.vit)
-        return answer
+        answers = await self._everywhere(self._stub.UnloadModel, request)
+        return pb.UnloadModelResponse(changed=any(one.changed for one in answers))
+
+    async def _everywhere(self, method: Any, request: Any) -> list[Any]:
+        if request.name:
+            current_caller().require_model(request.name)
+        answers = await self._mesh.vit.everywhere(method, request)
+        with suppress(MeshError):  # it is done, and who asks for models later asks the service again
+            await self._mesh.catalogue.fetch(self._mesh.vit)
+        return answers

@@ -21,9 +21,10 @@ class SearchForwarder(rpc.SearchServiceServicer):
         self._stub = rpc.SearchServiceStub(mesh.vit.channel)
 
     async def IndexImages(self, request: pb.IndexImagesRequest, context: Any) -> pb.IndexImagesResponse:
+        request.ClearField("default_model")  # which is the gateway's to set: a caller's would pass by the key's models
         if request.model:
             current_caller().require_model(request.model)
-        if not (request.model or request.default_model):
+        else:
             # Without a model too, what is wrong with the request comes first, and only the service knows that.
             with suppress(FailedPrecondition):
                 request.default_model = (await self._mesh.catalogue.find(self._mesh.vit, "")).name
