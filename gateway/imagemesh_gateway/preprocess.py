@@ -14,7 +14,7 @@ from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime import preprocessing
 from imagemesh_runtime.client import Hop
-from imagemesh_runtime.errors import NotFound
+from imagemesh_runtime.errors import NotFound, PermissionDenied
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
@@ -31,11 +31,14 @@ class Preprocessors:
         self._known: tuple[float, list[pb.PreprocessorInfo]] = (0.0, [])
 
     async def infos(self) -> list[pb.PreprocessorInfo]:
-        """What the service says now.
+        """What the service says now, with those of the models that the caller's key is for.
 
         Raises:
             MeshError: it can't be reached, or does not answer in time.
         """
+        return [_narrowed(info) for info in await self._fetch()]
+
+    async def _fetch(self) -> list[pb.PreprocessorInfo]:
         asked = pb.ListPreprocessorsRequest()
         answer = await self._replicas.unary(self._stub.ListPreprocessors, asked, timeout_seconds=self._timeout)
         self._known = (time.monotonic(), list(answer.preprocessors))
@@ -57,7 +60,7 @@ class Preprocessors:
                 return _checked(unit, field, infos)
             except NotFound:  # it may have come since
                 pass
-        return _checked(unit, field, await self.infos())
+        return _checked(unit, field, await self._fetch())
 
     async def run(self, request: pb.PreprocessRequest, hop: Hop | None = None) -> pb.PreprocessResponse:
         """The service's answer.
@@ -66,9 +69,9 @@ class Preprocessors:
             PermissionDenied: it takes a model that the caller's key is not for.
         """
         key = current_caller().key
-        if key is not None and key.models:  # else there is no need to ask which model it will be
-            info = preprocessing.find_preprocessor(await self.infos(), request.preprocessor)
-            _require(preprocessing.find_model(info, request.model, "model"))
+        if key is not None and key.models:  # else the service's first model is the caller's as well
+            info = preprocessing.find_preprocessor(await self._fetch(), request.preprocessor)
+            request.model = _find_model(info, request.model, "model")
         answer: pb.PreprocessResponse = await self._replicas.unary(self._stub.Preprocess, request, hop)
         return answer
 
@@ -91,8 +94,7 @@ def _checked(
 ) -> pb.PreprocessRequest:
     info = preprocessing.find_preprocessor(infos, unit.preprocessor)
     preprocessing.check_parameters(info, unit.preprocessor_parameters, f"{field}.preprocessor_parameters")
-    model = preprocessing.find_model(info, unit.preprocessor_model, f"{field}.preprocessor_model")
-    _require(model)
+    model = _find_model(info, unit.preprocessor_model, f"{field}.preprocessor_model")
     return pb.PreprocessRequest(
         preprocessor=info.name,
         parameters=unit.preprocessor_parameters,
@@ -101,9 +103,26 @@ def _checked(
     )
 
 
-def _require(model: str) -> None:
-    if model:  # not every preprocessor has one
-        current_caller().require_model(model)
+def _narrowed(info: pb.PreprocessorInfo) -> pb.PreprocessorInfo:
+    """With those of its models that the caller's key is for."""
+    narrowed = pb.PreprocessorInfo()
+    narrowed.CopyFrom(info)
+    narrowed.models[:] = current_caller().usable(info.models)
+    return narrowed
+
+
+def _find_model(info: pb.PreprocessorInfo, name: str, field: str) -> str:
+    """As ``preprocessing.find_model``, of the models that the caller's key is for.
+
+    Raises:
+        PermissionDenied: it is for others.
+    """
+    caller, narrowed = current_caller(), _narrowed(info)
+    if name in info.models:
+        caller.require_model(name)
+    if info.models and not narrowed.models:
+        raise PermissionDenied(f"key {caller.id} is for no model of preprocessor {info.name}")
+    return preprocessing.find_model(narrowed, name, field)
 
 
 class PreprocessServicer(rpc.PreprocessServiceServicer):

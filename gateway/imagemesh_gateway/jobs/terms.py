@@ -92,6 +92,8 @@ def _resolved(request: gateway_service_pb2.GenerateRequest, plan: Plan) -> gatew
         resolved.variation_seed = plan.variation_seeds[0]
     for unit, control in zip(resolved.controls, plan.controls, strict=True):
         unit.model = control.model
+        if control.preprocess is not None:
+            unit.preprocessor_model = control.preprocess.model
     if plan.look.classifier:
         resolved.classify.model, resolved.classify.top_k = plan.look.classifier, plan.look.labels
     if plan.look.embedder:

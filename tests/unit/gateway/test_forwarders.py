@@ -1,4 +1,4 @@
-"""Calls that the gateway hands on to the ViT service: what it adds, and whom it refuses, without a service behind it."""
+"""Calls that the gateway hands on to a service: what it adds, and whom it refuses, without a service behind it."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from imagemesh.v1 import model_loading_service_pb2, search_service_pb2
+from imagemesh.v1 import gateway_service_pb2, model_loading_service_pb2, preprocess_service_pb2, search_service_pb2
 from imagemesh_gateway.access.caller import ANYBODY, Caller, set_current_caller
+from imagemesh_gateway.config import GatewayConfig
 from imagemesh_gateway.loading import LoadingForwarder
+from imagemesh_gateway.preprocess import Preprocessors
 from imagemesh_gateway.search import SearchForwarder
 from imagemesh_runtime.errors import MeshError, PermissionDenied, Unavailable
 from imagemesh_runtime.metrics import Metrics
@@ -84,3 +86,49 @@ async def test_what_any_replica_did_is_told_also_where_the_catalogue_is_silent_t
     request = getattr(model_loading_service_pb2, f"{kind}ModelRequest")(name="v")
     answer = await getattr(LoadingForwarder(vit.mesh), f"{kind}Model")(request, None)
     assert answer.changed
+
+
+class ControlNet:
+    """Replicas with one preprocessor, which remember what they are asked."""
+
+    def __init__(self, *models: str) -> None:
+        self.channel = _Channel()
+        self.requests: list[Any] = []
+        self._infos = [preprocess_service_pb2.PreprocessorInfo(name="depth", needs_model=True, models=models)]
+
+    async def unary(self, method: Any, request: Any, hop: Any = None, **_: Any) -> Any:
+        if isinstance(request, preprocess_service_pb2.ListPreprocessorsRequest):
+            return preprocess_service_pb2.ListPreprocessorsResponse(preprocessors=self._infos)
+        self.requests.append(request)
+        return preprocess_service_pb2.PreprocessResponse()
+
+
+def preprocessors(service: Any) -> Preprocessors:
+    return Preprocessors(GatewayConfig(), service)
+
+
+@pytest.mark.usefixtures("picky")
+async def test_a_preprocessors_model_is_the_first_that_the_key_is_for() -> None:
+    service = ControlNet("a-depth", "emoji-depth", "emoji-more")
+    served = preprocessors(service)
+    await served.run(preprocess_service_pb2.PreprocessRequest(preprocessor="depth"))
+    assert [one.model for one in service.requests] == ["emoji-depth"]
+    wanted = await served.wanted(gateway_service_pb2.GenerateControl(preprocessor="depth"), "controls[0]")
+    assert wanted is not None
+    assert wanted.model == "emoji-depth"
+    assert [list(info.models) for info in await served.infos()] == [["emoji-depth", "emoji-more"]]
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize(
+    ("models", "asked", "told"),
+    [
+        (("a-depth", "emoji-depth"), "a-depth", "is not for model 'a-depth'"),
+        (("a-depth",), "", "is for no model of preprocessor depth"),
+    ],
+)
+async def test_a_preprocessors_model_of_others_is_refused(models: tuple[str, ...], asked: str, told: str) -> None:
+    service = ControlNet(*models)
+    with pytest.raises(PermissionDenied, match=told):
+        await preprocessors(service).run(preprocess_service_pb2.PreprocessRequest(preprocessor="depth", model=asked))
+    assert service.requests == []

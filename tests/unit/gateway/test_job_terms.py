@@ -1,11 +1,12 @@
 """What a job keeps of its request."""
 
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.message import Message
 
 from imagemesh.v1 import gateway_service_pb2 as pb
-from imagemesh.v1 import image_pb2
+from imagemesh.v1 import image_pb2, preprocess_service_pb2
 from imagemesh_gateway.jobs.record import NewJob
 from imagemesh_gateway.jobs.terms import Terms, new_job
 from imagemesh_gateway.plan import ControlPlan, Plan
@@ -46,3 +47,12 @@ def test_a_jobs_summary_is_without_any_of_its_pictures() -> None:
     assert PICTURE.encoded not in job.summary
     told = pb.GenerateRequest.FromString(job.summary)
     assert (told.prompt, told.controls[0].model, told.references[0].adapter) == ("a fox", "canny", "plus")
+
+
+def test_a_job_keeps_to_the_preprocessors_model_that_its_caller_got() -> None:
+    wanted = preprocess_service_pb2.PreprocessRequest(preprocessor="depth", model="allowed")
+    plan = replace(PLAN, controls=(replace(PLAN.controls[0], preprocess=wanted),))
+    asked = pb.GenerateControl(preprocessor="depth")
+    request = pb.GenerateRequest(controls=[asked], references=[pb.GenerateReference()])
+    (unit,) = pb.GenerateRequest.FromString(kept(request, plan).request).controls
+    assert (unit.preprocessor, unit.preprocessor_model) == ("depth", "allowed")
