@@ -73,11 +73,10 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Any
     ) -> AsyncIterator[pb.ClassifyStreamResponse]:
         async def answer(one: pb.ClassifyRequest) -> pb.ClassifyResponse:
-            self._count_message()
             return await self.Classify(one, context)
 
         asked = (message.request async for message in request_iterator)
-        async with aclosing(answers(asked, answer)) as outcomes:
+        async with aclosing(answers(asked, answer, count=self._count_message)) as outcomes:
             async for index, outcome in outcomes:
                 yield pb.ClassifyStreamResponse(index=index, **as_fields(outcome))
 
@@ -85,11 +84,10 @@ class GatewayServicer(rpc.GatewayServiceServicer):
         self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: Any
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
         async def answer(one: pb.EmbedRequest) -> pb.EmbedResponse:
-            self._count_message()
             return await self.Embed(one, context)
 
         asked = (message.request async for message in request_iterator)
-        async with aclosing(answers(asked, answer)) as outcomes:
+        async with aclosing(answers(asked, answer, count=self._count_message)) as outcomes:
             async for index, outcome in outcomes:
                 yield pb.EmbedStreamResponse(index=index, **as_fields(outcome))
 

@@ -16,15 +16,18 @@ AHEAD: Final = 16
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Work = Callable[[Request], Awaitable[Answer]]
+# Called once for each request; refuses one by raising a MeshError.
+Count = Callable[[], None]
 
 
 async def answers(
-    requests: AsyncIterator[Request], answer: Callable[[Request], Awaitable[Answer]], ahead: int = AHEAD
+    requests: AsyncIterator[Request], answer: Work[Request, Answer], ahead: int = AHEAD, count: Count = lambda: None
 ) -> AsyncGenerator[tuple[int, Answer | MeshError], None]:
     """The number of each request, from 0, and its answer or its own failure, in the order of the requests.
 
-    A request that a full queue refuses is made again when the refusal says so. Closing the generator cancels what is
-    in work: hold it in ``contextlib.aclosing``.
+    One that ``count`` refuses gets that error; one that a full queue refuses is made again when the refusal says so.
+    Closing the generator cancels what is in work: hold it in ``contextlib.aclosing``.
 
     Raises:
         Exception: what ``answer`` or ``requests`` raise beside ``MeshError`` ends the stream.
@@ -34,7 +37,7 @@ async def answers(
 
     async def read() -> None:
         async for request in requests:
-            waiting.append(asyncio.create_task(_patient(answer, request)))
+            waiting.append(asyncio.create_task(_patient(answer, request, count)))
             changed.set()
             await more.acquire()
 
@@ -60,7 +63,11 @@ async def answers(
         await asyncio.gather(reader, *waiting, return_exceptions=True)
 
 
-async def _patient(answer: Callable[[Request], Awaitable[Answer]], request: Request) -> Answer | MeshError:
+async def _patient(answer: Work[Request, Answer], request: Request, count: Count) -> Answer | MeshError:
+    try:
+        count()
+    except MeshError as error:
+        return error
     while True:
         try:
             return await answer(request)

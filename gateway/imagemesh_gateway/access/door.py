@@ -72,7 +72,11 @@ class Door:
         Raises:
             OverLimit: it is one too many for now.
         """
-        self._rates.take(current_caller())
+        try:
+            self._rates.take(current_caller())
+        except MeshError as error:
+            self._refused.labels(error.code.name).inc()
+            raise
 
     def layer(self) -> Layer:
         """What lets gRPC's callers in."""

@@ -14,14 +14,15 @@ from tritonclient.grpc import service_pb2
 
 from imagemesh.v1 import priority_pb2
 from imagemesh_gateway.access import keyring as keyring_module
-from imagemesh_gateway.access.caller import Caller
-from imagemesh_gateway.access.door import require_keys
+from imagemesh_gateway.access.caller import ANYBODY, Caller, set_current_caller
+from imagemesh_gateway.access.door import Door, require_keys
 from imagemesh_gateway.access.keyring import Keyring
 from imagemesh_gateway.access.keys import Role, add_key, read_keys, revoke_key
 from imagemesh_gateway.access.rates import Rates
 from imagemesh_gateway.access.rights import GRPC, RIGHTS, Right, right_of_method, right_of_request
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime.errors import FailedPrecondition, NotFound, OverLimit, PermissionDenied, Unauthenticated
+from imagemesh_runtime.metrics import Metrics
 from tests.support.keys import key_file, new_key
 
 
@@ -190,6 +191,20 @@ def test_a_bucket_lets_a_burst_through_and_then_what_comes_in() -> None:
         rates.take(caller)
     with pytest.raises(OverLimit):
         rates.take(caller)
+
+
+def test_a_message_that_is_refused_is_counted_as_a_call_is(path: Path) -> None:
+    token = key_file(path, alice={"calls_per_minute": 1})["alice"]
+    metrics = Metrics("gateway")
+    door = Door(GatewayConfig(keys_file=str(path)), metrics)
+    try:
+        door.enter(f"Bearer {token}", Right.LOOK)
+        with pytest.raises(OverLimit):
+            door.count_message()
+    finally:
+        set_current_caller(ANYBODY)
+    refused = metrics.registry.get_sample_value("imagemesh_refused_calls_total", {"code": "RESOURCE_EXHAUSTED"})
+    assert refused == 1
 
 
 def test_without_a_rate_nothing_is_counted() -> None:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from imagemesh_runtime.errors import InvalidArgument, MeshError, Overloaded
+from imagemesh_runtime.errors import InvalidArgument, MeshError, OverLimit, Overloaded
 from imagemesh_runtime.streaming import answers
 
 
@@ -81,6 +81,28 @@ async def test_a_full_queue_is_asked_again():
         return i
 
     assert await collected(numbers(2), answer) == [(0, 0), (1, 1)]
+
+
+async def test_each_request_is_counted_once_and_one_too_many_is_refused_at_once():
+    counted, refusals = 0, 2
+
+    def count() -> None:
+        nonlocal counted
+        counted += 1
+        if counted > 2:
+            raise OverLimit("key k", "it has made its calls", 3600)
+
+    async def answer(i: int) -> int:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise Overloaded("vit", 1, 0.001)
+        return i
+
+    async with asyncio.timeout(10), aclosing(answers(numbers(3), answer, count=count)) as outcomes:
+        first, second, third = [one async for one in outcomes]
+    assert (first, second, counted) == ((0, 0), (1, 1), 3)
+    assert isinstance(third[1], OverLimit)
 
 
 async def test_what_is_unforeseen_ends_the_stream():
