@@ -27,6 +27,7 @@ class Direct:
             PermissionDenied, OverLimit: the caller may not have it, or not now.
             MeshError: a stage failed.
         """
+        await self._admission.check()
         plan = await make_plan(request, self._mesh)
         async with (
             self._admission.direct(plan) as allowed,

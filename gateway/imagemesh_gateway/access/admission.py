@@ -38,6 +38,30 @@ class Admission:
         self._direct: Counter[str] = Counter()
         self._lock = asyncio.Lock()
 
+    async def check(self, idempotency_key: str | None = None) -> None:
+        """Whether the caller may have anything more at all: before a plan is made, which may load models.
+
+        A job that has the idempotency key already is none more. What is done is charged by ``accept`` and ``direct``.
+
+        Raises:
+            OverLimit: any is one too many, or nothing is left of today.
+        """
+        caller = current_caller()
+        key = caller.key
+        if key is None or (key.max_jobs is None and key.pixel_steps_per_day is None):
+            return
+
+        def look(store: Store) -> None:
+            if idempotency_key is not None and store.find_key(idempotency_key, caller.tenant) is not None:
+                return
+            self._require_place(store, key)
+            quota, (day, seconds) = key.pixel_steps_per_day, divmod(time.time(), _DAY)
+            if quota is not None and store.used(key.id, int(day)) >= quota:
+                told = f"of its {quota} pixels x steps a day (UTC) 0 are left"
+                raise OverLimit(f"key {key.id}", told, _DAY - seconds)
+
+        await self._store(look)
+
     async def accept(self, new: NewJob, plan: Plan) -> tuple[Record, bool]:
         """Store a job of the caller's and charge it; or, and then True, find the one that has its idempotency key.
 
@@ -75,12 +99,16 @@ class Admission:
         finally:
             self._direct[key.id] -= 1
 
+    def _require_place(self, store: Store, key: Key) -> None:
+        if key.max_jobs is None:
+            return
+        active = store.active(key.id) + self._direct[key.id]
+        if active >= key.max_jobs:
+            told = f"{active} of its generations wait or run, and it may have {key.max_jobs}"
+            raise OverLimit(f"key {key.id}", told, _RETRY_SECONDS)
+
     def _charge(self, store: Store, key: Key, work: int) -> None:
-        if key.max_jobs is not None:
-            active = store.active(key.id) + self._direct[key.id]
-            if active >= key.max_jobs:
-                told = f"{active} of its generations wait or run, and it may have {key.max_jobs}"
-                raise OverLimit(f"key {key.id}", told, _RETRY_SECONDS)
+        self._require_place(store, key)
         quota = key.pixel_steps_per_day
         if quota is None:
             return

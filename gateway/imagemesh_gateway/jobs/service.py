@@ -105,6 +105,7 @@ class Jobs:
         known = await self._with_key(terms.key)
         existed = known is not None
         if known is None:
+            await self.admission.check(terms.key)
             plan = await make_plan(request.generate, self._mesh)
             new = new_job(terms, request.generate, plan)
             limit = self._config.max_queued_jobs

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 
+from imagemesh.v1 import gateway_service_pb2 as pb
 from imagemesh_gateway.access import admission
 from imagemesh_gateway.access.admission import Admission, work_of
 from imagemesh_gateway.access.caller import ANYBODY, Caller, set_current_caller
+from imagemesh_gateway.config import GatewayConfig
+from imagemesh_gateway.direct import Direct
 from imagemesh_gateway.jobs.record import NewJob, State
 from imagemesh_gateway.jobs.store import Store
 from imagemesh_gateway.jobs.store_thread import StoreThread
 from imagemesh_gateway.looks import KeepPlan, LookPlan
+from imagemesh_gateway.mesh import Mesh
 from imagemesh_gateway.modes import HiresPlan
 from imagemesh_gateway.plan import Plan
 from imagemesh_runtime.errors import OverLimit, PermissionDenied
+from imagemesh_runtime.metrics import Metrics
 from tests.support.keys import new_key
 
 PLAN = Plan(
@@ -101,6 +106,30 @@ async def test_jobs_and_calls_count_together_until_they_end(store: StoreThread) 
         pass
     other = call_with(max_jobs=1)
     await admission.accept(job(other, 0), PLAN)
+
+
+async def test_who_has_nothing_left_is_refused_before_a_plan_is_made(
+    store: StoreThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_plan(request: pb.GenerateRequest, mesh: Any) -> Plan:
+        pytest.fail("a plan was made")
+
+    monkeypatch.setattr("imagemesh_gateway.direct.make_plan", no_plan)
+    admission, mesh = Admission(store), Mesh(GatewayConfig(), metrics := Metrics("gateway"))
+    direct = Direct(mesh, admission, metrics)
+    caller = call_with(max_jobs=1)
+    await admission.check()
+    mine = replace(job(caller, 0), key="k")
+    await admission.accept(mine, PLAN)
+    await admission.check("k")
+    with pytest.raises(OverLimit, match="1 of its generations wait or run"):
+        await direct.result(pb.GenerateRequest())
+    call_with(pixel_steps_per_day=WORK)
+    async with admission.direct(PLAN):
+        pass
+    with pytest.raises(OverLimit, match=f"of its {WORK} pixels x steps a day .* 0 are left"):
+        await direct.result(pb.GenerateRequest())
+    await mesh.close()
 
 
 async def test_the_same_job_again_is_charged_once(store: StoreThread) -> None:
