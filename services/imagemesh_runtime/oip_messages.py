@@ -105,7 +105,7 @@ class Reader:
         """The parameters of an output, before there is any work for what can't be."""
         if "classification" in parameters:
             k, field = _whole(parameters, "classification"), f"outputs[{name!r}].parameters['classification']"
-            if self._model.labels is None and k:
+            if not self._model.labels and k:
                 raise InvalidArgument(field, k, f"absent: model {self._model.name!r} has no classes")
             if not 0 <= k <= MAX_CLASSES:
                 raise InvalidArgument(field, k, f"0 to {MAX_CLASSES}")
@@ -119,15 +119,14 @@ class Reader:
                 continue
             array = made[name]
             if (k := _whole(parameters, "classification")) > 0:
-                array = await asyncio.to_thread(classified, array, k, await self._labels())
+                array = await asyncio.to_thread(classified, array, k, self._labels(made))
             told = response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
             data = to_bytes(array)
             response.raw_output_contents.append(b"" if self._placed(parameters, data, told) else data)
         return response
 
-    async def _labels(self) -> Sequence[str]:
-        labels = self._model.labels
-        return () if labels is None else await labels(values_of(self._request.parameters))
+    def _labels(self, made: Arrays) -> Sequence[str]:
+        return [label.decode() for label in made[self._model.labels]] if self._model.labels in made else ()
 
     def _placed(self, parameters: Mapping[str, Any], data: bytes, told: Any) -> bool:
         """Whether the output has gone to the client's region."""

@@ -96,8 +96,8 @@ class OipModel:
     infer: Callable[[Arrays, Parameters], Awaitable[Arrays]] | None = None
     stream: Callable[[Arrays, Parameters], AsyncGenerator[tuple[Arrays, bool], None]] | None = None
     max_batch: int = 0
-    # Names of the columns of the outputs that are classified.
-    labels: Callable[[Parameters], Awaitable[Sequence[str]]] | None = None
+    # Which of what ``infer`` makes names the columns of outputs that are classified, BYTES [columns]; empty: none are.
+    labels: str = ""
     # Whether it could answer now.
     ready: Callable[[], Awaitable[bool]] | None = None
     loaded: bool = True

@@ -1,7 +1,7 @@
 """The mesh's stages as models of the Open Inference Protocol, over what answers for a stage: a servicer, a channel."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from imagemesh.v1 import image_pb2, text_encoder_service_pb2, vit_service_pb2
 from imagemesh_runtime.errors import FailedPrecondition, MeshError
 from imagemesh_runtime.limits import MAX_IMAGES
-from imagemesh_runtime.oip_messages import one_string
+from imagemesh_runtime.oip_messages import one_string, strings
 from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
 from imagemesh_runtime.tensors import Array, from_proto, to_proto
 
@@ -30,7 +30,6 @@ _PICTURE = TensorSpec("image", "UINT8", (-1, -1, 3))
 
 def vit_models(name: Name, classify: Classify, embed: Embed) -> list[OipModel]:
     """``vit``, whose outputs can be classified, and ``vit_embedding``."""
-    known: list[str] = []
 
     async def logits(arrays: Arrays, parameters: Parameters) -> Arrays:
         asked = vit_service_pb2.ClassifyImagesRequest(
@@ -38,14 +37,11 @@ def vit_models(name: Name, classify: Classify, embed: Embed) -> list[OipModel]:
         )
         answer = await classify(asked)
         rows = [sorted(one.predictions, key=lambda told: told.index) for one in answer.classifications]
-        known[:] = [told.label for told in rows[0]]
         return {
+            "labels": strings([told.label for told in rows[0]]),
             "logits": np.array([[told.logit for told in row] for row in rows], np.float32),
             "probabilities": np.array([[told.probability for told in row] for row in rows], np.float32),
         }
-
-    async def labels(parameters: Parameters) -> Sequence[str]:
-        return known
 
     async def embedding(arrays: Arrays, parameters: Parameters) -> Arrays:
         asked = vit_service_pb2.EmbedImagesRequest(
@@ -57,7 +53,7 @@ def vit_models(name: Name, classify: Classify, embed: Embed) -> list[OipModel]:
 
     outputs = [TensorSpec("probabilities", "FP32", (-1,)), TensorSpec("logits", "FP32", (-1,))]
     return [
-        OipModel("vit", [_PICTURE], outputs, logits, max_batch=MAX_IMAGES, labels=labels, ready=_ready(name)),
+        OipModel("vit", [_PICTURE], outputs, logits, max_batch=MAX_IMAGES, labels="labels", ready=_ready(name)),
         OipModel(
             "vit_embedding", [_PICTURE], [TensorSpec("embedding", "FP32", (-1,))], embedding,
             max_batch=MAX_IMAGES, ready=_ready(name),

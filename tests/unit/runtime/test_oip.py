@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from imagemesh.v1 import vit_service_pb2
 from imagemesh_runtime.context import CallContext
 from imagemesh_runtime.errors import InvalidArgument, MeshError, PermissionDenied
 from imagemesh_runtime.interceptors import Call, context_layer
 from imagemesh_runtime.oip import FULL_NAME, InferenceServicer
 from imagemesh_runtime.oip_memory import Regions
+from imagemesh_runtime.oip_messages import Reader, strings
 from imagemesh_runtime.oip_models import Arrays, OipModel, Parameters, TensorSpec
+from imagemesh_runtime.oip_stages import vit_models
 
 NEAR, FAR = SimpleNamespace(peer=lambda: "unix:"), SimpleNamespace(peer=lambda: "ipv4:10.0.0.7:99")
 IMAGE = TensorSpec("image", "UINT8", (-1, -1, 3))
@@ -26,17 +29,14 @@ class Work:
 
     def __init__(self, labels: Sequence[str] | None = None) -> None:
         self.calls = 0
-        tell = None if labels is None else self._labels
         self._names = labels or ()
-        self.model = OipModel("echo", [IMAGE], [IMAGE], self._infer, max_batch=4, labels=tell)
+        tells = "names" if labels is not None else ""
+        self.model = OipModel("echo", [IMAGE], [IMAGE], self._infer, max_batch=4, labels=tells)
         self.servicer = InferenceServicer("test", [self.model], lambda: True, 60)
-
-    async def _labels(self, parameters: Parameters) -> Sequence[str]:
-        return self._names
 
     async def _infer(self, arrays: Arrays, parameters: Parameters) -> Arrays:
         self.calls += 1
-        return {"image": arrays["image"]}
+        return {"image": arrays["image"], "names": strings(self._names)}
 
 
 def asked(shape: Sequence[int], data: bytes, classes: int | None = None, name: str = "echo") -> pb.ModelInferRequest:
@@ -66,6 +66,27 @@ async def test_classes_are_told_with_their_labels() -> None:
     answer = await Work(["a", "b", "c"]).servicer.ModelInfer(asked([1, 1, 1, 3], b"\x05\x09\x01", 2), NEAR)
     (raw,) = answer.raw_output_contents
     assert raw == b"\x0c\0\0\x009.000000:1:b\x0c\0\0\x005.000000:0:a"
+
+
+async def test_labels_are_those_of_the_requests_own_answer_whatever_is_asked_meanwhile() -> None:
+    async def name(asked: str) -> str:
+        return asked
+
+    async def classify(request: vit_service_pb2.ClassifyImagesRequest) -> vit_service_pb2.ClassifyImagesResponse:
+        told = vit_service_pb2.Prediction(label=f"{request.model}'s", logit=1)
+        return vit_service_pb2.ClassifyImagesResponse(
+            classifications=[vit_service_pb2.Classification(predictions=[told])]
+        )
+
+    unused: Any = None
+    vit = vit_models(name, classify, unused)[0]
+    request = asked([1, 1, 1, 3], b"abc", name="vit")
+    request.outputs.add(name="logits").parameters["classification"].int64_param = 1
+    reader = Reader(vit, request, Regions(), NEAR.peer())
+    assert vit.infer is not None
+    mine, _ = [await vit.infer(reader.inputs(), {"model": model}) for model in ("mine", "other")]
+    answer = await reader.response(mine)
+    assert answer.raw_output_contents[0].endswith(b"1.000000:0:mine's")
 
 
 @pytest.mark.parametrize("shape", [[1, 0, 2**63 - 1, 3], [1, 2**62, 0, 3], [1, 2**63 - 1, 2**63 - 1, 3]])
