@@ -8,6 +8,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import grpc
@@ -31,10 +33,25 @@ Connect = Callable[[str, str], Peer]
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 
-async def resolve_host(host: str) -> Sequence[str]:
-    """What the machine's resolver says; raises ``OSError`` where it knows no address."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
+class Resolver:
+    """Asks the machine's, one name at a time, on a thread of its own.
+
+    Nothing stops a look-up that hangs: on the event loop's threads one after another would take them all, and what else
+    is done there would stand still.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="resolver")
+
+    async def __call__(self, host: str) -> Sequence[str]:
+        """The host's addresses, after what was asked before; raises ``OSError`` where none is known."""
+        look_up = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._thread, look_up)
+        return [str(address[0]) for *_, address in found]
+
+    def close(self) -> None:
+        """Look nothing up any more; what is under way ends by itself."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Discovery:
@@ -46,6 +63,7 @@ class Discovery:
         connect: makes a peer.
         resolve_seconds: between two looks at the names.
         rest_seconds, keeping, note_rest: as ``Replicas`` has them.
+        resolve: other than by the machine's resolver.
 
     Raises:
         InvalidArgument: there is no address, or one that is none.
@@ -61,13 +79,14 @@ class Discovery:
         resolve_seconds: float = 2.0,
         keeping: Collection[str] = (),
         note_rest: Callable[[], object] = lambda: None,
-        resolve: Resolve = resolve_host,
+        resolve: Resolve | None = None,
     ) -> None:
         given = [address.strip() for address in addresses.split(",") if address.strip()]
         if not given:
             raise InvalidArgument(name, addresses, "an address, or several joined by commas")
         self._names = [_host_and_port(name, address) for address in given if address.startswith(DNS)]
-        self._connect, self._resolve, self._every = connect, resolve, resolve_seconds
+        self._resolver = Resolver()
+        self._connect, self._resolve, self._every = connect, resolve or self._resolver, resolve_seconds
         fixed = [connect(address, "") for address in given if not address.startswith(DNS)]
         self.replicas = Replicas(fixed, rest_seconds, name=name, keeping=keeping, note_rest=note_rest)
         self._found: dict[str, Peer] = {}
@@ -87,6 +106,7 @@ class Discovery:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._resolver.close()
         await self.replicas.close()
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +16,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 from imagemesh.v1 import load_service_pb2, load_service_pb2_grpc
 from imagemesh_runtime import discovery
 from imagemesh_runtime.client import Peer
-from imagemesh_runtime.discovery import Discovery, resolve_host
+from imagemesh_runtime.discovery import Discovery, Resolver
 from imagemesh_runtime.errors import InvalidArgument, MeshError, Overloaded, Unavailable
 from imagemesh_runtime.replicas import Replicas
 from tests.support.echo import LIMIT, NAME, Echo, EchoStub, serving
@@ -320,7 +321,33 @@ async def test_a_server_tells_what_its_metrics_tell() -> None:
 
 
 async def test_the_machines_resolver_is_asked() -> None:
-    assert "127.0.0.1" in await resolve_host("localhost")
+    resolver = Resolver()
+    assert "127.0.0.1" in await resolver("localhost")
+    resolver.close()
+
+
+async def test_a_resolver_that_hangs_holds_one_thread_and_none_of_the_event_loops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, go = list[str](), threading.Event()
+
+    def hangs(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(threading.current_thread().name)
+        go.wait(60)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    monkeypatch.setattr(discovery, "_RESOLVING_SECONDS", 0.05)
+    found = Discovery("echo", "dns:///replicas:1", connect, resolve_seconds=60)
+    try:
+        await found.start()
+        for _ in range(3):
+            await found._look_up()
+        assert len(asked) == 1
+        assert asked[0].startswith("resolver")
+    finally:
+        go.set()
+        await found.close()
 
 
 @pytest.mark.parametrize(
