@@ -147,8 +147,8 @@ class Replicas:
             try:
                 with self.work_on(peer, amount=0.0):
                     return await question(peer)
-            except MeshError:
-                self.note_failure(peer)
+            except MeshError as error:
+                self.note_error(peer, error)
                 if not self._others(asked):
                     raise
 

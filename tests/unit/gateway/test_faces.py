@@ -20,7 +20,7 @@ from imagemesh_gateway.http_guard import Guard, HttpLimits
 from imagemesh_gateway.http_job_events import _tell_socket
 from imagemesh_gateway.jobs.service import Jobs
 from imagemesh_gateway.mesh import Mesh
-from imagemesh_runtime.errors import Unavailable
+from imagemesh_runtime.errors import DeadlineExceeded, Unavailable
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.replicas import Replicas
 
@@ -55,7 +55,7 @@ class Named:
 
 async def test_of_several_replicas_one_that_answers_is_found_and_the_absent_one_rests() -> None:
     peers: Any = [Named("absent"), Named("there")]
-    replicas = Replicas(peers, 60)
+    replicas = Replicas(peers, 60, name="diffusion")
     asked: list[str] = []
 
     async def question(peer: Any) -> str:
@@ -76,6 +76,18 @@ async def test_when_no_replica_answers_the_last_ones_error_is_told() -> None:
 
     with pytest.raises(Unavailable):
         await Replicas(peers, 60).ask(question)
+
+
+async def test_a_caller_who_has_no_time_left_puts_no_replica_to_rest() -> None:
+    peers: Any = [Named("a"), Named("b")]
+    replicas = Replicas(peers, 60, name="diffusion")
+
+    async def question(peer: Any) -> str:
+        raise DeadlineExceeded("diffusion", "no time was left to ask it")
+
+    with pytest.raises(DeadlineExceeded):
+        await replicas.ask(question)
+    assert not any(map(replicas.rests, peers))
 
 
 async def test_a_stage_without_a_model_named_takes_the_meshs_default_one() -> None:
