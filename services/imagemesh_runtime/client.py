@@ -218,6 +218,12 @@ class Peer:
         await self.channel.close()
 
 
+def out_of_time() -> bool:
+    """Whether the current call's deadline has come for whom it calls: what is left is what ``Peer.timeout`` keeps."""
+    remaining = current_call().remaining()
+    return remaining is not None and remaining <= _MARGIN_MAX
+
+
 def tls_files(authority: str, certificate: str = "", key: str = "") -> TlsFiles:
     """What to show to a peer, and whose certificates it may show; without an authority there is no TLS.
 

@@ -11,12 +11,12 @@ from imagemesh.v1 import controlnet_service_pb2_grpc as rpc
 from imagemesh.v1 import diffusion_service_pb2
 from imagemesh.v1.tensor_pb2 import Tensor
 from imagemesh_runtime.client import Peer, Session
-from imagemesh_runtime.errors import DeadlineExceeded, InvalidArgument, MeshError
+from imagemesh_runtime.errors import InvalidArgument, MeshError
 from imagemesh_runtime.parcels import Parcel
 from imagemesh_runtime.savings import ROUNDINGS, restored
 from imagemesh_runtime.tensors import FLOATS, Array
 from imagemesh_services.diffusion.backend import Residuals, Run
-from imagemesh_services.diffusion.controlnets import ControlNets, Share
+from imagemesh_services.diffusion.controlnets import ControlNets, Late, Share
 from imagemesh_services.diffusion.features import steers
 from imagemesh_services.diffusion.incoming import Incoming
 
@@ -169,7 +169,7 @@ class _Asked:
                 await self._session.send(self._step(question))
                 return await self._hear(self._session, first)
         except TimeoutError as error:
-            raise DeadlineExceeded(self._peer.name, f"no residuals within {self._timeout} s") from error
+            raise Late(self._peer.name, f"no residuals within {self._timeout} s") from error
 
     async def _hear(self, session: Session[Answer], first: Callable[[], None]) -> Residuals:
         down: list[Array] = []

@@ -11,18 +11,18 @@ from weakref import WeakKeyDictionary
 import grpc
 
 from imagemesh.v1 import model_service_pb2, model_service_pb2_grpc
-from imagemesh_runtime.client import Peer
-from imagemesh_runtime.errors import MeshError, Unavailable
+from imagemesh_runtime.client import Peer, out_of_time
+from imagemesh_runtime.errors import DeadlineExceeded, MeshError, Unavailable
 from imagemesh_runtime.replicas import Replicas
 
 # What another replica may do better.
-_ELSEWHERE: Final = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
+_ELSEWHERE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _LISTED_SECONDS: Final = 10.0  # a list of models is believed for so long
 _LISTING_SECONDS: Final = 5.0
+
+
+class Late(DeadlineExceeded):
+    """A step took longer than it may, whatever the generation's own deadline is."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class ControlNets:
         return shares
 
     def note_failure(self, peer: Peer, error: MeshError) -> bool:
-        """Whether another peer may do better where this one failed so; if so, it is passed over for a while."""
-        elsewhere = error.code in _ELSEWHERE
+        """Whether another peer may do better where this one failed so; if so, it is passed over for a while.
+
+        It isn't where the generation's own deadline has come: no peer is to blame for that, and none has time.
+        """
+        late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED and (isinstance(error, Late) or not out_of_time())
+        elsewhere = late or error.code in _ELSEWHERE
         if elsewhere:
             self._failed_at[peer] = time.monotonic()
             self._replicas.note_failure(peer)
