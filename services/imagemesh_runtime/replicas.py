@@ -128,8 +128,8 @@ class Replicas:
         return self._rank(pool, amount)[0]
 
     def ranked(self, peers: Sequence[Peer]) -> list[Peer]:
-        """Some of them, in the order in which they would be picked."""
-        left, order = list(peers), list[Peer]()
+        """Some of them, in the order in which they would be picked; those that have gone are left out."""
+        left, order = [peer for peer in peers if peer in self.peers], list[Peer]()
         while left:
             order.append(self._rank(left)[0])
             left.remove(order[-1])

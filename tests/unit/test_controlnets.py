@@ -38,3 +38,22 @@ async def test_one_rests_that_failed_or_was_late_but_not_where_the_generations_o
     peer = replicas.peers[0]
     assert ControlNets(replicas).note_failure(peer, error) == elsewhere
     assert replicas.rests(peer) == elsewhere
+
+
+@pytest.mark.parametrize("going", [1, 2])
+async def test_one_that_goes_while_they_are_asked_for_their_models_is_left_out(
+    replicas: Replicas, going: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets, peers = ControlNets(replicas), replicas.peers
+
+    async def models(peer: Peer) -> frozenset[str]:
+        if peer in peers[:going]:
+            replicas.part(peer)
+        return frozenset({"m"})
+
+    monkeypatch.setattr(nets, "_models", models)
+    if going == len(peers):
+        with pytest.raises(Unavailable, match="none of 2 can be reached"):
+            await nets.share(["m"])
+    else:
+        assert [share.peers for share in await nets.share(["m"])] == [[peers[1]]]

@@ -84,9 +84,10 @@ class ControlNets:
         peers = self._replicas.peers
         found = await asyncio.gather(*(self._models(peer) for peer in peers))
         served = {peer: names for peer, names in zip(peers, found, strict=True) if names is not None}
-        if not served:
+        best = self._replicas.ranked(list(served))
+        if not best:
             raise Unavailable(self._replicas.name, f"none of {len(peers)} can be reached")
-        return {peer: served[peer] for peer in self._replicas.ranked(list(served))}
+        return {peer: served[peer] for peer in best}
 
     async def _models(self, peer: Peer) -> frozenset[str] | None:
         now = time.monotonic()
