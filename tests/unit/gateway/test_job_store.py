@@ -1,5 +1,6 @@
 """The store of jobs: who may begin, who may finish, and what is left on the disk."""
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,6 +103,25 @@ def test_what_waits_is_told_model_by_model(store: Store) -> None:
     assert store.waiting() == [Waiting("a", 2, 3.5), Waiting("b", 1, 4.0)]
     store.claim(2.0)
     assert store.waiting() == [Waiting("a", 1, 2.0), Waiting("b", 1, 4.0)]
+
+
+@pytest.mark.parametrize("fails", ["when it is committed", "and is undone by SQLite itself"])
+def test_a_transaction_that_fails_leaves_the_store_fit_for_the_next(store: Store, fails: str) -> None:
+    store._db.execute("PRAGMA foreign_keys = ON")
+    store._db.execute("CREATE TABLE children (parent REFERENCES jobs (id) DEFERRABLE INITIALLY DEFERRED, n CHECK (n))")
+    values = ("nobody", fails == "when it is committed")
+
+    def write() -> None:
+        with store.together():
+            store.add(JOB)
+            store._db.execute("INSERT OR ROLLBACK INTO children VALUES (?, ?)", values)
+
+    with pytest.raises(sqlite3.IntegrityError):
+        write()
+    assert store.get(JOB.id) is None
+    with store.together():
+        store.add(JOB)
+    assert store.get(JOB.id) is not None
 
 
 def test_an_earlier_versions_store_is_taken_over_with_its_jobs(store: Store, tmp_path: Path) -> None:
