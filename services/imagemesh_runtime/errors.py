@@ -260,12 +260,14 @@ class Unimplemented(MeshError):
 class NotFinite(MeshError):
     """A model made NaN or infinity of input that was finite, as float16 does where numbers grow too large for it."""
 
+    REASON = "NOT_FINITE"
+
     def __init__(self, model: str, what: str) -> None:
         self.model = model
         super().__init__(f"model {model} gave {what} that are not finite; another dtype may help, such as float32")
 
     def details(self) -> Sequence[Message]:
-        return (error_details_pb2.ErrorInfo(reason="NOT_FINITE", domain=DOMAIN, metadata={"model": self.model}),)
+        return (error_details_pb2.ErrorInfo(reason=self.REASON, domain=DOMAIN, metadata={"model": self.model}),)
 
 
 class InternalError(MeshError):

@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2
 
 from imagemesh.v1 import load_service_pb2
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import MeshError, Unavailable
+from imagemesh_runtime.errors import MeshError, NotFinite, Unavailable
 
 Answer = TypeVar("Answer")
 
@@ -247,7 +247,7 @@ class Replicas:
             self.note_failure(peer)
             return True
         standing = self._known.get(peer)
-        if error.code in _BROKEN and standing is not None:
+        if error.code in _BROKEN and not _is_not_finite(error) and standing is not None:
             standing.broken += 1
             if standing.broken >= _BROKEN_IN_A_ROW:
                 standing.broken = 0
@@ -341,6 +341,12 @@ def is_lost(error: MeshError, service: str) -> bool:
         return False
     named = [info.metadata.get("service") for info in error.details() if isinstance(info, error_details_pb2.ErrorInfo)]
     return not named or named == [service]
+
+
+def _is_not_finite(error: MeshError) -> bool:
+    """Whether a model's numbers were too large, which is the request's or the model's doing."""
+    reasons = [one.reason for one in error.details() if isinstance(one, error_details_pb2.ErrorInfo)]
+    return NotFinite.REASON in reasons
 
 
 class _Routed:

@@ -17,7 +17,7 @@ from imagemesh.v1 import load_service_pb2, load_service_pb2_grpc
 from imagemesh_runtime import discovery
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.discovery import Discovery, Resolver
-from imagemesh_runtime.errors import InvalidArgument, MeshError, Overloaded, Unavailable
+from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFinite, Overloaded, Unavailable
 from imagemesh_runtime.replicas import Replicas
 from tests.support.echo import LIMIT, NAME, Echo, EchoStub, serving
 
@@ -87,10 +87,11 @@ async def test_one_that_answers_everything_with_errors_is_passed_over_although_i
         assert len(rests) == 1
 
 
-async def test_errors_of_the_callers_own_making_count_against_nobody() -> None:
-    wrong = fails(lambda: InvalidArgument("value", "x", "y"))
+@pytest.mark.parametrize("error", [InvalidArgument("value", "x", "y"), NotFinite("m", "latents")])
+async def test_errors_of_the_requests_own_making_count_against_nobody(error: MeshError) -> None:
+    wrong = fails(lambda: error)
     async with fleet(wrong, wrong) as (replicas, _):
-        assert await say(replicas, 20) == {"INVALID_ARGUMENT": 20}
+        assert await say(replicas, 20) == {error.code.name: 20}
         assert not any(map(replicas.rests, replicas.peers))
 
 
