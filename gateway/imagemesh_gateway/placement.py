@@ -39,6 +39,7 @@ class _Journey:
     gone: list[Peer] = field(default_factory=list)
     deaths: int = 0
     running: bool = False
+    waited: float = 0.0  # seconds for a place, since the last one was lost
 
     def note(self, peer: Peer, error: MeshError) -> None:
         """The replica went away with this error.
@@ -47,6 +48,7 @@ class _Journey:
             Deadly: once too often while the request ran.
         """
         self.gone.append(peer)
+        self.waited = 0.0
         self.deaths += self.running and (not isinstance(error, RemoteError) or _hangs(error))
         if self.deaths > MAX_MOVES:
             raise Deadly("diffusion", self.deaths) from error
@@ -59,9 +61,15 @@ class _Journey:
         return _in_time(PAUSES[again]) if again >= 0 else 0.0
 
     def pause_when_full(self, error: MeshError) -> float | None:
-        """The same where one that has lost its place finds no other at once; None too where that isn't the error."""
+        """The same where one that has lost its place finds no other at once; None too where that isn't the error.
+
+        It waits about as long in all as where every replica is away.
+        """
         pause = error.retry_after() if self.gone else None
-        return None if pause is None else _in_time(pause)
+        if pause is None or self.waited >= sum(PAUSES):
+            return None
+        self.waited += pause
+        return _in_time(pause)
 
 
 def _in_time(pause: float) -> float | None:

@@ -253,7 +253,16 @@ async def test_one_that_never_had_a_place_is_told_that_there_is_none() -> None:
         assert sum(len(sampler.asked) for sampler in samplers) == 1
 
 
-async def test_nobody_waits_for_a_place_beyond_its_deadline() -> None:
+async def test_one_that_lost_its_replica_waits_no_longer_for_a_place_than_for_a_replica() -> None:
+    async with fleet(hands_back, full_at_first(100)) as (samplers, replicas):
+        replicas.note_failure(replicas.peers[1])
+        with pytest.raises(MeshError, match="is full"):
+            await run(replicas)
+        assert len(samplers[1].asked) <= 2 + len(placement.PAUSES)
+
+
+async def test_nobody_waits_for_a_place_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "PAUSES", (100.0,))
     async with fleet(hands_back, full_at_first(100)) as (_, replicas):
         replicas.note_failure(replicas.peers[1])
         set_current_call(CallContext(deadline=time.monotonic() + 0.4))
