@@ -24,8 +24,9 @@ class Ledger:
         return self.hops[name]
 
     def device_seconds(self, service: str) -> float:
-        """What the stages of a service took of its devices; 0: nobody has counted."""
-        return sum(hop.device_seconds for stage, hop in self.hops.items() if stage.startswith(service))
+        """What the stages of a service took of its devices; 0: nobody has counted, or not all of it."""
+        hops = [hop for stage, hop in self.hops.items() if stage.startswith(service)]
+        return 0.0 if any(hop.moved for hop in hops) else sum(hop.device_seconds for hop in hops)
 
     def timings(self) -> list[pb.StageTiming]:
         """The entries, in the order of the stages."""

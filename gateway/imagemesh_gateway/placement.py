@@ -115,6 +115,7 @@ async def sample(
             journey.note(peer, error)
             if (pause := journey.pause(len(replicas.peers))) is None:
                 raise
+            hop.moved = True
             request.alone = journey.deaths == MAX_MOVES
             metrics.moved.inc()
             done = request.resume_from.evaluation

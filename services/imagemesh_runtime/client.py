@@ -37,7 +37,10 @@ _WRITE_FAILED = "Internal error from Core"  # grpcio's own words
 
 @dataclass
 class Hop:
-    """What a call to a peer cost, in seconds and bytes of messages."""
+    """What a call to a peer cost, in seconds and bytes of messages.
+
+    ``moved``: another peer had done some of it before, whose seconds nobody has told.
+    """
 
     seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -45,6 +48,7 @@ class Hop:
     device_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
+    moved: bool = False
     _start: float = field(default_factory=perf_counter)
 
     async def end(self, call: Any) -> None:

@@ -125,22 +125,23 @@ async def fleet(*behaviours: Behaviour) -> AsyncIterator[tuple[list[Sampler], Re
         yield samplers, Replicas(peers, rest_seconds=60)
 
 
-async def run(replicas: Replicas, metrics: Metrics | None = None) -> pb.SampleResult:
+async def run(replicas: Replicas, metrics: Metrics | None = None, hop: Hop | None = None) -> pb.SampleResult:
     request = pb.SampleRequest(model="m")
-    events = sample(replicas, request, Hop(), metrics or Metrics("gateway"), checkpoint_every=3)
+    events = sample(replicas, request, hop or Hop(), metrics or Metrics("gateway"), checkpoint_every=3)
     found = [event async for event in events]
     return found[-1].result
 
 
 async def test_a_generation_goes_on_from_the_last_checkpoint_elsewhere() -> None:
-    metrics = Metrics("gateway")
+    metrics, hop = Metrics("gateway"), Hop()
     async with fleet(dies, dies, finishes) as (samplers, replicas):
-        result = await run(replicas, metrics)
+        result = await run(replicas, metrics, hop)
         asked = [one for sampler in samplers[:2] for one in sampler.asked]
         assert result.evaluations == (3 if asked else 0)
         assert all(one.checkpoint_every == 3 for one in asked)
         moved = metrics.registry.get_sample_value("imagemesh_moved_generations_total", {"service": "gateway"})
         assert moved == len(asked)
+        assert hop.moved == bool(asked)
 
 
 @pytest.mark.parametrize("dying", [dies, dies_at_once, hangs])

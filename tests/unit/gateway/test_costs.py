@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from imagemesh_gateway.costs import Costs, amount
+from imagemesh_gateway.ledger import Ledger
 from imagemesh_gateway.modes import HiresPlan, ImagePlan
 from imagemesh_gateway.plan import Plan
+from imagemesh_runtime.metrics import Metrics
 
 PLAN = Plan(
     id="", model="m", prompt="", negative_prompt="", width=1000, height=500, steps=20, guidance_scale=1.0, scheduler="",
@@ -41,3 +43,12 @@ def test_what_waits_costs_as_what_was_made_and_an_unknown_model_as_the_others() 
     costs.note("b", 10.0, 4.0)
     assert costs.seconds([("a", 5.0), ("b", 5.0)]) == pytest.approx(1.0 + 2.0)
     assert costs.seconds([("never ran", 10.0)]) == pytest.approx(3.0)
+
+
+def test_of_a_generation_that_moved_nothing_is_said_to_be_known() -> None:
+    ledger = Ledger(Metrics("gateway"))
+    for stage, seconds in (("diffusion", 3.0), ("diffusion-hires", 4.0), ("vae", 1.0)):
+        ledger.hop(stage).device_seconds = seconds
+    assert ledger.device_seconds("diffusion") == 7.0
+    ledger.hops["diffusion-hires"].moved = True
+    assert ledger.device_seconds("diffusion") == 0.0
