@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from imagemesh.v1 import (
     controlnet_service_pb2_grpc,
@@ -27,6 +28,9 @@ from imagemesh_runtime.replicas import Replicas
 from imagemesh_runtime.tls import peer_files
 
 ModelInfo = model_service_pb2.ModelInfo
+
+# Services whose replicas may have different models; those of the others are alike.
+_DIFFERING: Final = ("controlnet",)
 
 
 class Mesh:
@@ -179,7 +183,7 @@ class Catalogue:
         return min(usable)
 
     async def fetch(self, replicas: Replicas) -> Mapping[str, ModelInfo]:
-        """Ask the service now: its replicas, one after another until one answers.
+        """Ask the service now: its replicas, one after another until one answers, or all where they may differ.
 
         Raises:
             MeshError: it can't be reached, or does not answer in time.
@@ -188,13 +192,17 @@ class Catalogue:
         return {name: models[name] for name in current_caller().usable(models)}
 
     async def _fetch(self, replicas: Replicas) -> Mapping[str, ModelInfo]:
-        return await replicas.ask(self._ask)
+        differ = replicas.name in _DIFFERING
+        answers = await replicas.survey(self._ask) if differ else [await replicas.ask(self._ask)]
+        models = {info.name: info for answer in answers for info in answer.models}
+        self._known[replicas.name] = (time.monotonic(), models)
+        self._roots[replicas.name] = list(dict.fromkeys(root for answer in answers for root in answer.roots))
+        return models
 
-    async def _ask(self, peer: Peer) -> Mapping[str, ModelInfo]:
+    async def _ask(self, peer: Peer) -> model_service_pb2.ListServedModelsResponse:
         stub = model_service_pb2_grpc.ModelServiceStub(peer.channel)
         request = model_service_pb2.ListServedModelsRequest()
-        answer = await peer.unary(stub.ListServedModels, request, timeout_seconds=self._timeout)
-        models = {info.name: info for info in answer.models}
-        self._known[peer.name] = (time.monotonic(), models)
-        self._roots[peer.name] = list(answer.roots)
-        return models
+        answer: model_service_pb2.ListServedModelsResponse = await peer.unary(
+            stub.ListServedModels, request, timeout_seconds=self._timeout
+        )
+        return answer

@@ -16,8 +16,9 @@ from imagemesh.v1 import diffusion_service_pb2_grpc as rpc
 from imagemesh_runtime.client import Hop, Peer
 from imagemesh_runtime.context import current_call
 from imagemesh_runtime.errors import Deadly, Hangs, MeshError, RemoteError
+from imagemesh_runtime.faults import is_lost
 from imagemesh_runtime.metrics import Metrics
-from imagemesh_runtime.replicas import Replicas, is_lost
+from imagemesh_runtime.replicas import Replicas
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from imagemesh.v1 import preprocess_service_pb2_grpc as rpc
 from imagemesh_gateway.access.caller import current_caller
 from imagemesh_gateway.config import GatewayConfig
 from imagemesh_runtime import preprocessing
-from imagemesh_runtime.client import Hop
+from imagemesh_runtime.client import Hop, Peer
 from imagemesh_runtime.errors import NotFound, PermissionDenied
 from imagemesh_runtime.metrics import Metrics
 from imagemesh_runtime.replicas import Replicas
@@ -39,10 +39,21 @@ class Preprocessors:
         return [_narrowed(info) for info in await self._fetch()]
 
     async def _fetch(self) -> list[pb.PreprocessorInfo]:
-        asked = pb.ListPreprocessorsRequest()
-        answer = await self._replicas.unary(self._stub.ListPreprocessors, asked, timeout_seconds=self._timeout)
-        self._known = (time.monotonic(), list(answer.preprocessors))
+        """Of all replicas, which may have different models."""
+        infos: dict[str, pb.PreprocessorInfo] = {}
+        for answer in await self._replicas.survey(self._ask):
+            for info in answer.preprocessors:
+                known = infos.setdefault(info.name, info)
+                known.models.extend([name for name in info.models if name not in known.models])
+        self._known = (time.monotonic(), list(infos.values()))
         return self._known[1]
+
+    async def _ask(self, peer: Peer) -> pb.ListPreprocessorsResponse:
+        stub = rpc.PreprocessServiceStub(peer.channel)
+        answer: pb.ListPreprocessorsResponse = await peer.unary(
+            stub.ListPreprocessors, pb.ListPreprocessorsRequest(), timeout_seconds=self._timeout
+        )
+        return answer
 
     async def wanted(self, unit: gateway_service_pb2.GenerateControl, field: str) -> pb.PreprocessRequest | None:
         """What a control unit asks for, its picture still to come; None: nothing.

@@ -14,16 +14,15 @@ from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 import grpc
-from google.rpc import error_details_pb2
 
 from imagemesh.v1 import load_service_pb2
 from imagemesh_runtime.client import Hop, Peer
-from imagemesh_runtime.errors import MeshError, NotFinite, Unavailable
+from imagemesh_runtime.errors import MeshError, Unavailable
+from imagemesh_runtime.faults import is_broken, is_lost, lacks_model
 
 Answer = TypeVar("Answer")
 
-# Errors that say more of the replica than of the request; so many in a row, and it is passed over.
-_BROKEN: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)
+# So many errors in a row that say that it is broken, and a replica is passed over.
 _BROKEN_IN_A_ROW: Final = 3
 # It is passed over for longer each time, up to so many times as long, until a call goes well.
 _LONGEST_REST: Final = 10
@@ -158,7 +157,7 @@ class Replicas:
         """Call a unary method of a stub on ``channel`` or ``parcels``; as ``Peer.unary``.
 
         If the replica is away or full, another is asked: all that services do but for those in ``keeping`` may be done
-        twice.
+        twice. One that lacks the model did nothing; all others may be asked.
         """
         keeps = method.service in self._keeping
         asked: list[Peer] = []
@@ -169,7 +168,9 @@ class Replicas:
                     answer = await peer.unary(method.at(peer), request, hop, timeout_seconds=timeout_seconds)
             except MeshError as error:
                 elsewhere = self.note_error(peer, error)
-                if keeps or not elsewhere or len(asked) >= _ATTEMPTS or not self._others(asked):
+                lacking = lacks_model(error)
+                enough = len(asked) >= _ATTEMPTS and not lacking
+                if keeps or not (elsewhere or lacking) or enough or not self._others(asked):
                     raise
             else:
                 self.note_success(peer)
@@ -194,18 +195,29 @@ class Replicas:
         Raises:
             MeshError: one of them failed, after all have answered.
         """
-        if not self.peers:
-            raise Unavailable(self.name, "no replica of it is known")
-
-        async def call(peer: Peer) -> Any:
-            with self.work_on(peer, amount=0.0):
-                return await peer.unary(method.at(peer), request)
-
-        answers = await asyncio.gather(*map(call, self.peers), return_exceptions=True)
+        answers = await self._answers(self.peers, lambda peer: peer.unary(method.at(peer), request))
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
+
+    async def survey(self, question: Callable[[Peer], Awaitable[Answer]]) -> list[Answer]:
+        """What each of them answers, but for those that don't, and those that are passed over while others aren't.
+
+        Raises:
+            MeshError: none does; it is the first one's.
+        """
+        peers = self._good(self.peers) or self.peers
+        answers = await self._answers(peers, question)
+        for peer, answer in zip(peers, answers, strict=True):
+            if isinstance(answer, MeshError):
+                self.note_error(peer, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+        found = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not found and isinstance(answers[0], BaseException):
+            raise answers[0]
+        return found
 
     @contextmanager
     def work_on(self, peer: Peer, amount: float = 1.0) -> Iterator[None]:
@@ -247,7 +259,7 @@ class Replicas:
             self.note_failure(peer)
             return True
         standing = self._known.get(peer)
-        if error.code in _BROKEN and not _is_not_finite(error) and standing is not None:
+        if standing is not None and is_broken(error):
             standing.broken += 1
             if standing.broken >= _BROKEN_IN_A_ROW:
                 standing.broken = 0
@@ -284,11 +296,26 @@ class Replicas:
             await peer.close()
         await asyncio.gather(*self._closing)
 
+    async def _answers(
+        self, peers: Sequence[Peer], question: Callable[[Peer], Awaitable[Answer]]
+    ) -> list[Answer | BaseException]:
+        if not peers:
+            raise Unavailable(self.name, "no replica of it is known")
+
+        async def ask(peer: Peer) -> Answer:
+            with self.work_on(peer, amount=0.0):
+                return await question(peer)
+
+        return await asyncio.gather(*map(ask, peers), return_exceptions=True)
+
+    def _good(self, pool: Sequence[Peer]) -> list[Peer]:
+        return [peer for peer in pool if not self.rests(peer) and self._known[peer].ready]
+
     def _rank(self, pool: list[Peer], amount: float = 1.0) -> list[Peer]:
         """Two of them, or one, the better first."""
         if len(pool) == 1:
             return pool
-        good = [peer for peer in pool if not self.rests(peer) and self._known[peer].ready]
+        good = self._good(pool)
         if not good:
             failed_at = {peer: self._known[peer].failed_at for peer in pool}
             good = [peer for peer in pool if failed_at[peer] == min(failed_at.values())]
@@ -333,20 +360,6 @@ class Replicas:
             task = asyncio.ensure_future(peer.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-
-
-def is_lost(error: MeshError, service: str) -> bool:
-    """Whether the replica that was asked is itself gone, not a service behind it."""
-    if error.code is not grpc.StatusCode.UNAVAILABLE:
-        return False
-    named = [info.metadata.get("service") for info in error.details() if isinstance(info, error_details_pb2.ErrorInfo)]
-    return not named or named == [service]
-
-
-def _is_not_finite(error: MeshError) -> bool:
-    """Whether a model's numbers were too large, which is the request's or the model's doing."""
-    reasons = [one.reason for one in error.details() if isinstance(one, error_details_pb2.ErrorInfo)]
-    return NotFinite.REASON in reasons
 
 
 class _Routed:

@@ -17,7 +17,7 @@ from imagemesh.v1 import load_service_pb2, load_service_pb2_grpc
 from imagemesh_runtime import discovery
 from imagemesh_runtime.client import Peer
 from imagemesh_runtime.discovery import Discovery, Resolver
-from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFinite, Overloaded, Unavailable
+from imagemesh_runtime.errors import InvalidArgument, MeshError, NotFinite, NotFound, Overloaded, Unavailable
 from imagemesh_runtime.replicas import Replicas
 from tests.support.echo import LIMIT, NAME, Echo, EchoStub, serving
 
@@ -101,6 +101,15 @@ async def test_what_is_too_much_for_one_is_given_to_another() -> None:
         assert await say(replicas, 20) == {"b": 20}
     async with fleet(full, full) as (replicas, _):
         assert await say(replicas, 1) == {"RESOURCE_EXHAUSTED": 1}
+
+
+async def test_one_that_has_the_model_is_found_among_many_that_lack_it() -> None:
+    lacks = fails(lambda: NotFound("model", "m", ["other"]))
+    async with fleet(lacks, lacks, lacks, answers("e"), lacks) as (replicas, _):
+        assert await say(replicas, 10) == {"e": 10}
+        assert not any(map(replicas.rests, replicas.peers))
+    async with fleet(lacks, lacks) as (replicas, _):
+        assert await say(replicas, 1) == {"NOT_FOUND": 1}
 
 
 async def test_calls_of_a_service_that_keeps_something_stay_with_one_replica_and_are_made_once() -> None:
