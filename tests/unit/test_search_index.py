@@ -14,6 +14,7 @@ from imagemesh_runtime.errors import InvalidArgument
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.search.folder import check_name, index_root
 from imagemesh_services.vit.search.store import IndexSpec
+from imagemesh_services.vit.search.stores import embedded
 from imagemesh_services.vit.search.stores.embedded import EmbeddedStore
 from tests.support.dying_writer import NEW, OLD, SPEC, names
 from tests.support.sizes import ROOT
@@ -30,6 +31,19 @@ def test_ten_of_ten_are_those_of_brute_force_among_100_000(tmp_path: Path):
     best = np.argpartition(-(asked @ vectors.T), k, axis=1)[:, :k]
     recall = np.mean([len(row & set(true.tolist())) / k for row, true in zip(found, best, strict=True)])
     assert recall >= 0.99
+
+
+def test_of_pictures_that_are_all_alike_few_pairs_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedded, "_BLOCK", 4)
+    monkeypatch.setattr(embedded, "_ACROSS", 8, raising=False)
+    store, count = EmbeddedStore(VitConfig(index_root=str(tmp_path))), 42
+    store.put(SPEC, [str(i) for i in range(count)], np.repeat(unit_vectors(1, SPEC.width), count, axis=0))
+    pieces = list(store.similar_pairs(SPEC.name, 0.999))
+    assert max(map(len, pieces)) <= 4 * 8
+    assert sorted({pair[:2] for piece in pieces for pair in piece}) == sorted(
+        tuple(sorted((str(i), str(j)))) for i in range(count) for j in range(i)
+    )
+    assert sum(map(len, pieces)) == count * (count - 1) // 2
 
 
 # Where a put may die: the new file and its folder are synced, then what points at it, its folder and the root.

@@ -76,7 +76,7 @@ class SearchServicer(rpc.SearchServiceServicer):
         _check_ids(request.ids, len(request.images))
         if request.pooling not in _POOLINGS:
             raise InvalidArgument("pooling", request.pooling, f"one of {', '.join(vit.Pooling.keys())}")
-        known = (await self._run(lambda store: store.specs())).get(request.index)
+        known = await self._known(request.index)
         if known is None:
             model, pooling = await self._model_of_new(request), _POOLINGS[request.pooling]
         else:
@@ -216,6 +216,13 @@ class SearchServicer(rpc.SearchServiceServicer):
 
     async def _spec(self, name: str) -> IndexSpec:
         return await self._run(lambda store: store.spec(name))
+
+    async def _known(self, name: str) -> IndexSpec | None:
+        """As ``_spec``, of one that may be about to be made."""
+        try:
+            return await self._spec(name)
+        except NotFound:
+            return None
 
     async def _info(self, name: str) -> pb.IndexInfo:
         spec = await self._spec(name)

@@ -20,7 +20,8 @@ from imagemesh_services.vit.search.store import Hit, IndexSpec, Pair, as_cosine,
 
 log = logging.getLogger(__name__)
 
-_BLOCK: Final = 256  # vectors whose pairs are looked for at a time
+_BLOCK: Final = 256  # vectors whose pairs are looked for at a time,
+_ACROSS: Final = 2048  # among so many: of pictures that are all alike, each with each is a pair
 _PIECE: Final = 1024  # vectors that are told at a time
 _TRIES: Final = 5
 
@@ -123,9 +124,9 @@ class EmbeddedStore:
     def similar_pairs(self, name: str, least: float) -> Iterator[list[Pair]]:
         every = list(self._current(name).keys)
         for start in range(0, len(every), _BLOCK):
-            index = self._current(name)
-            block = [index.keys[one] for one in every[start : start + _BLOCK] if one in index.keys]
-            yield _pairs(index, np.array(block, np.int64), least) if block else []
+            block = range(start, min(start + _BLOCK, len(every)))
+            for other in range(start, len(every), _ACROSS):
+                yield _pairs(self._current(name), every, block, range(other, min(other + _ACROSS, len(every))), least)
 
     def delete(self, name: str) -> None:
         with self._writing():
@@ -179,14 +180,23 @@ def _spec(name: str, manifest: Manifest) -> IndexSpec:
     return spec_of(name, manifest.spec)
 
 
-def _pairs(index: _Open, block: Array, least: float) -> list[Pair]:
-    vectors = np.stack([index.vectors.reconstruct(key) for key in block.tolist()])
-    # faiss takes what is more than its radius, and rounding may be against a pair of equals.
-    limits, similarities, keys = index.vectors.range_search(vectors, least - 1e-6)
-    found = []
-    for i, own in enumerate(block.tolist()):
-        for at in range(limits[i], limits[i + 1]):
-            if int(keys[at]) > own:
-                first, second = sorted((index.ids[own], index.ids[int(keys[at])]))
-                found.append(Pair(first, second, as_cosine(float(similarities[at]))))
-    return found
+def _pairs(index: _Open, every: Sequence[str], block: range, others: range, least: float) -> list[Pair]:
+    """Of the block's pictures with those among the others that come later in ``every``."""
+    (rows, left), (columns, right) = (_held(index, every, numbers) for numbers in (block, others))
+    similarities = left @ right.T
+    # Rounding may be against a pair of equals.
+    found = np.argwhere((similarities > least - 1e-6) & (rows[:, None] < columns))
+    pairs = []
+    for i, j in found.tolist():
+        first, second = sorted((every[rows[i]], every[columns[j]]))
+        pairs.append(Pair(first, second, as_cosine(float(similarities[i, j]))))
+    return pairs
+
+
+def _held(index: _Open, every: Sequence[str], numbers: range) -> tuple[Array, Array]:
+    """Those of the pictures that are still there, by their places in ``every``, and their vectors."""
+    there = np.array([number for number in numbers if every[number] in index.keys], np.int64)
+    keys = np.array([index.keys[every[number]] for number in there], np.int64)
+    if not len(keys):
+        return there, np.zeros((0, index.vectors.d), np.float32)
+    return there, index.vectors.reconstruct_batch(keys)
