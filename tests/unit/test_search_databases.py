@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import grpc
 import pytest
 from qdrant_client import models
 
@@ -60,6 +61,39 @@ def test_milvus_that_cannot_be_reached_is_unavailable(monkeypatch):
     monkeypatch.setattr(milvus, "_SECONDS", 0.5)
     with pytest.raises(Unavailable, match="milvus: cannot be reached"):
         milvus.MilvusStore(VitConfig(index_url="http://127.0.0.1:1")).specs()
+
+
+class Bounded:
+    """A client of Milvus that refuses calls without a bound; ``failing``, all of them."""
+
+    def __init__(self, client):
+        self.client, self.failing, self.called = client, False, set()
+
+    def __getattr__(self, name):
+        def call(*args, timeout, **options):
+            assert timeout == milvus._SECONDS
+            self.called.add(name)
+            if self.failing:
+                raise grpc.RpcError("deadline exceeded")
+            return getattr(self.client, name)(*args, timeout=timeout, **options)
+
+        return call
+
+
+def test_every_call_of_milvus_is_bounded_and_what_breaks_below_it_is_unavailable(tmp_path):
+    store = milvus.MilvusStore(VitConfig(index_root=str(tmp_path)))
+    store._client = client = Bounded(store._client)
+    store.put(SPEC, ["a", "b"], unit_vectors(2, SPEC.width))
+    assert store.specs() == {SPEC.name: SPEC}
+    assert store.count(SPEC.name) == 2
+    assert len(store.search(SPEC.name, unit_vectors(1, SPEC.width), 2)[0]) == 2
+    assert sum(len(ids) for ids, _ in store.vectors(SPEC.name)) == 2
+    assert store.remove(SPEC.name, ["a"]) == 1
+    store.delete(SPEC.name)
+    assert client.called >= {"list_collections", "upsert", "search", "query", "query_iterator", "drop_collection"}
+    client.failing = True
+    with pytest.raises(Unavailable, match="milvus"):
+        store.specs()
 
 
 def test_milvus_lite_keeps_whole_puts_however_its_process_ends(tmp_path):

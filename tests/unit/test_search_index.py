@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagemesh.v1 import image_pb2
+from imagemesh.v1 import search_service_pb2 as pb
+from imagemesh.v1 import vit_service_pb2 as vit
 from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.tensors import to_proto
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.search.folder import check_name, index_root
+from imagemesh_services.vit.search.servicer import SearchServicer
 from imagemesh_services.vit.search.store import IndexSpec
 from imagemesh_services.vit.search.stores import embedded
 from imagemesh_services.vit.search.stores.embedded import EmbeddedStore
@@ -44,6 +49,22 @@ def test_of_pictures_that_are_all_alike_few_pairs_are_held_at_a_time(tmp_path: P
         tuple(sorted((str(i), str(j)))) for i in range(count) for j in range(i)
     )
     assert sum(map(len, pieces)) == count * (count - 1) // 2
+
+
+async def test_indexing_into_an_index_that_is_there_asks_for_that_one_alone(tmp_path: Path):
+    async def embed(request: vit.EmbedImagesRequest) -> vit.EmbedImagesResponse:
+        return vit.EmbedImagesResponse(embeddings=to_proto(unit_vectors(len(request.images), SPEC.width)))
+
+    config = VitConfig(index_root=str(tmp_path))
+    EmbeddedStore(config).put(SPEC, ["old"], unit_vectors(1, SPEC.width))
+    servicer = SearchServicer(config, lambda: {SPEC.model: None}, embed)
+    servicer._store = store = EmbeddedStore(config)
+    store.specs = lambda: pytest.fail("all indexes were asked for")
+    try:
+        request = pb.IndexImagesRequest(index=SPEC.name, ids=["new"], images=[image_pb2.Image()])
+        assert (await servicer.IndexImages(request, None)).index.count == 2
+    finally:
+        await servicer.close()
 
 
 # Where a put may die: the new file and its folder are synced, then what points at it, its folder and the root.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+import grpc
 import numpy as np
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX: Final = "imagemesh_"
 _PROPERTY: Final = "imagemesh"
-_SECONDS: Final = 60  # for an answer
+_SECONDS: Final = 60  # for an answer; told with each call, since the client's own is for connecting alone
 _PIECE: Final = 512  # vectors that are told at a time
 _BLOCK: Final = 64  # vectors whose pairs are looked for at a time
 _NEIGHBOURS: Final = 16_384  # the most that Milvus tells of one vector, and more than a call may ask for
@@ -69,7 +70,7 @@ class MilvusStore:
 
     def specs(self) -> Mapping[str, IndexSpec]:
         with _asking():
-            collections = sorted(self._client.list_collections())
+            collections = sorted(self._client.list_collections(timeout=_SECONDS))
         names = [_name(one) for one in collections if one.startswith(_PREFIX)]
         return {name: spec for name in names if (spec := self._known(name)) is not None}
 
@@ -94,7 +95,7 @@ class MilvusStore:
             for one, vector in zip(ids, vectors, strict=True)
         ]
         with _asking():
-            self._client.upsert(self._ready(spec.name), rows)
+            self._client.upsert(self._ready(spec.name), rows, timeout=_SECONDS)
         return len(there)
 
     def remove(self, name: str, ids: Sequence[str]) -> int:
@@ -102,7 +103,7 @@ class MilvusStore:
         there = self._there(collection, ids)
         if there:
             with _asking():
-                self._client.delete(collection, ids=there)
+                self._client.delete(collection, ids=there, timeout=_SECONDS)
         return len(there)
 
     def search(self, name: str, vectors: Array, k: int) -> list[list[Hit]]:
@@ -127,14 +128,14 @@ class MilvusStore:
     def delete(self, name: str) -> None:
         collection = self._ready(name)
         with _asking():
-            self._client.drop_collection(collection)
+            self._client.drop_collection(collection, timeout=_SECONDS)
         self._loaded.discard(collection)
 
     def _known(self, name: str) -> IndexSpec | None:
         with _asking():
-            if not self._client.has_collection(_collection(name)):
+            if not self._client.has_collection(_collection(name), timeout=_SECONDS):
                 return None
-            properties = self._client.describe_collection(_collection(name)).get("properties", {})
+            properties = self._client.describe_collection(_collection(name), timeout=_SECONDS).get("properties", {})
         try:
             return spec_of(name, json.loads(properties[_PROPERTY]))
         except (KeyError, TypeError, ValueError) as error:
@@ -151,7 +152,7 @@ class MilvusStore:
         collection = _collection(name)
         if collection not in self._loaded:
             with _asking():
-                self._client.load_collection(collection)
+                self._client.load_collection(collection, timeout=_SECONDS)
             self._loaded.add(collection)
         return collection
 
@@ -166,7 +167,7 @@ class MilvusStore:
         with _asking():
             self._client.create_collection(
                 _collection(spec.name), schema=schema, index_params=indexes, consistency_level="Strong",
-                properties={_PROPERTY: json.dumps(spec_fields(spec))},
+                properties={_PROPERTY: json.dumps(spec_fields(spec))}, timeout=_SECONDS,
             )  # fmt: skip
 
     def _there(self, collection: str, ids: Sequence[str]) -> list[str]:
@@ -177,22 +178,25 @@ class MilvusStore:
     def _query(self, collection: str, condition: str, fields: list[str]) -> list[dict[str, Any]]:
         with _asking():
             return list(
-                self._client.query(collection, filter=condition, output_fields=fields, consistency_level="Strong")
+                self._client.query(
+                    collection, filter=condition, output_fields=fields, consistency_level="Strong", timeout=_SECONDS
+                )
             )
 
     def _nearest(self, collection: str, vectors: list[Any], k: int, params: Mapping[str, Any]) -> list[list[Hit]]:
         with _asking():
             rows = self._client.search(
                 collection, data=vectors, limit=k, anns_field="vector", output_fields=["id"],
-                search_params={"metric_type": "IP", "params": dict(params)}, consistency_level="Strong",
+                search_params={"metric_type": "IP", "params": dict(params)}, consistency_level="Strong", timeout=_SECONDS,
             )  # fmt: skip
         return [[Hit(hit["entity"]["id"], as_cosine(hit["distance"])) for hit in row] for row in rows]
 
     def _scrolled(self, collection: str, size: int) -> Iterator[list[dict[str, Any]]]:
         with _asking():
             pages = self._client.query_iterator(
-                collection, batch_size=size, filter="", output_fields=["id", "vector"], consistency_level="Strong"
-            )
+                collection, batch_size=size, filter="", output_fields=["id", "vector"], consistency_level="Strong",
+                timeout=_SECONDS,
+            )  # fmt: skip
         try:
             while True:
                 with _asking():
@@ -209,7 +213,7 @@ def _asking() -> Iterator[None]:
     """Around calls of the client: what goes wrong there becomes an error of ours."""
     try:
         yield
-    except MilvusException as error:
+    except (MilvusException, grpc.RpcError) as error:
         log.warning("milvus failed: %s", error)
         raise Unavailable("milvus", "cannot be reached, or failed; the service's log says why") from error
 
