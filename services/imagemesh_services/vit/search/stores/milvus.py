@@ -187,7 +187,8 @@ class MilvusStore:
         with _asking():
             rows = self._client.search(
                 collection, data=vectors, limit=k, anns_field="vector", output_fields=["id"],
-                search_params={"metric_type": "IP", "params": dict(params)}, consistency_level="Strong", timeout=_SECONDS,
+                search_params={"metric_type": "IP", "params": dict(params)}, consistency_level="Strong",
+                timeout=_SECONDS,
             )  # fmt: skip
         return [[Hit(hit["entity"]["id"], as_cosine(hit["distance"])) for hit in row] for row in rows]
 
