@@ -89,7 +89,7 @@ async def test_what_any_replica_did_is_told_also_where_the_catalogue_is_silent_t
 
 
 class ControlNet:
-    """Replicas with one preprocessor, which remember what they are asked."""
+    """Replicas, and the only one of them, with one preprocessor, which remember what they are asked."""
 
     def __init__(self, *models: str) -> None:
         self.channel = _Channel()
@@ -102,6 +102,9 @@ class ControlNet:
     async def unary(self, method: Any, request: Any, hop: Any = None, **_: Any) -> Any:
         self.requests.append(request)
         return preprocess_service_pb2.PreprocessResponse()
+
+    async def survey(self, question: Any) -> list[Any]:
+        return [await question(self)]
 
 
 def preprocessors(service: Any) -> Preprocessors:
