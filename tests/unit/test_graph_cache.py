@@ -1,5 +1,7 @@
 """Graphs on the disk: made once, made anew when anything differs, whole or not there."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +84,17 @@ def test_a_graph_that_could_not_be_made_leaves_nothing(cache: GraphCache, tmp_pa
     with pytest.raises(ValueError, match="no such operator"):
         cache.find_or_make("a", fail)
     assert list((tmp_path / "graphs").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_being_made_is_not(
+    cache: GraphCache, tmp_path: Path, make: Maker
+) -> None:
+    old, new = (tmp_path / "graphs" / f".making-{name}" for name in ("old", "new"))
+    for room in (old, new):
+        (room / "a").mkdir(parents=True)
+    os.utime(old, (0, time.time() - 25 * 3600))
+    cache.find_or_make("a", make)
+    assert sorted(one.name for one in (tmp_path / "graphs").iterdir()) == [new.name, "a"]
 
 
 def test_who_is_second_takes_the_first_ones(cache: GraphCache, make: Maker) -> None:

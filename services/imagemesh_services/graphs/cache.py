@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 GRAPH: Final = "model.onnx"
 _SUMS: Final = "sums.json"
 _VERSION: Final = "1"  # of how graphs are made here
+_MAKING: Final = ".making-"
+_LEFT: Final = 24 * 3600.0  # seconds after which nobody makes a graph any more
 _READ: Final = (".json", ".safetensors")  # of a model's folder: what its module is made of
 
 
@@ -59,7 +62,8 @@ class GraphCache:
             return folder / GRAPH
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._root, prefix=".making-", ignore_cleanup_errors=True) as room:
+            self._sweep()
+            with tempfile.TemporaryDirectory(dir=self._root, prefix=_MAKING, ignore_cleanup_errors=True) as room:
                 made = Path(room) / key
                 made.mkdir()
                 write(made / GRAPH)
@@ -72,6 +76,17 @@ class GraphCache:
                 " that can be written to"
             ) from error
         return folder / GRAPH
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed had begun."""
+        for room in self._root.glob(f"{_MAKING}*"):
+            try:
+                left = time.time() - room.stat().st_mtime > _LEFT
+            except FileNotFoundError:  # it was made, or swept, meanwhile
+                continue
+            if left:
+                log.warning("%s is removed: it was never made to its end", room)
+                shutil.rmtree(room, ignore_errors=True)
 
     def _put(self, made: Path, folder: Path) -> None:
         try:
