@@ -1,7 +1,8 @@
 """From a model's module to a graph that an engine runs, and a stand-in for the module where the library wants one."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,13 +12,34 @@ import torch
 import transformers
 
 from imagemesh_runtime.config import ModelServerConfig
-from imagemesh_runtime.errors import InvalidArgument
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_services.graphs.cache import GraphCache, graphs_folder, hash_of
 from imagemesh_services.graphs.engine import Engine, Graph
 from imagemesh_services.graphs.torch.export import OPSET, Traced, write_onnx
 from imagemesh_services.torch_support import to_numpy
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a module is loaded from, with its hash: to be had before the module is read."""
+
+    paths: tuple[Path, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> "Sources":
+        """Of folders and files as they are now."""
+        paths = tuple(paths)
+        return cls(paths, hash_of(paths))
+
+    def are_as_they_were(self) -> bool:
+        """Whether that which was read since is what the hash is of."""
+        try:
+            return hash_of(self.paths) == self.digest
+        except OSError:
+            return False
 
 
 class Compiler:
@@ -27,23 +49,25 @@ class Compiler:
         self.engine = engine
         self._cache = cache
 
-    def compile(self, what: str, sources: Sequence[Path], trace: Callable[[], Traced]) -> Graph:
+    def compile(self, what: str, sources: Sources, trace: Callable[[], Traced]) -> Graph:
         """The graph of a module.
 
         Args:
             what: the module's part, such as "vae decoder": graphs of the same sources differ by it.
-            sources: folders and files that the module is loaded from.
+            sources: what the module is loaded from, had before it was.
             trace: called only if there is no graph yet.
 
         Raises:
-            FailedPrecondition: it can't be a graph, or be kept, or be run by the engine.
+            FailedPrecondition: it can't be a graph, or be kept, or be run by the engine; or its sources have changed.
         """
         versions = (torch.__version__, diffusers.__version__, transformers.__version__)
-        key = hash_of(sources, what, str(OPSET), *versions)
+        key = hash_of((), sources.digest, what, str(OPSET), *versions)
 
         def write(path: Path) -> None:
             started = perf_counter()
             write_onnx(trace(), path)
+            if not sources.are_as_they_were():
+                raise FailedPrecondition(f"the {what}'s files were replaced while it was read; load it again")
             log.info("made a graph of the %s in %.1f s", what, perf_counter() - started)
 
         return self.engine.open(self._cache.find_or_make(key, write))

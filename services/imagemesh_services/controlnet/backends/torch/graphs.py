@@ -5,7 +5,6 @@ A graph answers all residuals of a step at once, where torch tells each block's 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from imagemesh_services.controlnet.backends.torch.adapter import TorchAdapter
 from imagemesh_services.controlnet.backends.torch.model import TorchControlModel, TorchControlNet, TorchControlRun
 from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.graphs.torch.unet_inputs import added_names, examples, free_axes
 from imagemesh_services.torch_support import load_module, to_numpy, to_torch
@@ -83,14 +82,15 @@ class GraphControlNet(TorchControlNet):
     def load(self, name: str) -> GraphControlModel | TorchAdapter:
         folder = self.repository.folders()[name]
         cls = ControlNetModel if folder.config["_class_name"] == _CLASSES[0] else T2IAdapter
+        sources = Sources.of([folder.path])
         module = load_module(cls, folder.path, torch.float32, torch.device("cpu"))
         if cls is ControlNetModel:
-            return GraphControlModel(module, lambda traced: self._graph("controlnet", folder.path, traced))
-        graph = self._graph("adapter", folder.path, _traced_adapter(module))
+            return GraphControlModel(module, lambda traced: self._graph("controlnet", sources, traced))
+        graph = self._graph("adapter", sources, _traced_adapter(module))
         return TorchAdapter(name, _Adapter(module.config, graph))
 
-    def _graph(self, what: str, path: Path, traced: Traced) -> Graph:
-        return self._compiler.compile(what, [path], lambda: traced)
+    def _graph(self, what: str, sources: Sources, traced: Traced) -> Graph:
+        return self._compiler.compile(what, sources, lambda: traced)
 
 
 class _Whole(torch.nn.Module):

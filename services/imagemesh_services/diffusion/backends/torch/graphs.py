@@ -23,7 +23,7 @@ from imagemesh_services.diffusion.backends.torch.run import TorchRun
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import GUIDERS
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.graphs.torch.unet_inputs import MAP, added_names, examples, free_axes
 from imagemesh_services.torch_support import building, load_module
@@ -139,11 +139,12 @@ class GraphDiffusion(TorchDiffusion):
 
     def _module(self, cls: Any, path: Path) -> GraphUNet:
         """The weights are read only where there is no graph of them yet."""
+        sources = Sources.of([path])
         with building(), torch.device("meta"):
             shape = cls.from_config(cls.load_config(path))
         channels = _channels(shape)
         graph = self._compiler.compile(
-            "unet", [path], lambda: _traced(load_module(cls, path, torch.float32, torch.device("cpu")), channels)
+            "unet", sources, lambda: _traced(load_module(cls, path, torch.float32, torch.device("cpu")), channels)
         )
         return GraphUNet(shape.config, graph, channels)
 

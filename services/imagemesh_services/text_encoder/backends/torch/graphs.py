@@ -10,7 +10,7 @@ import torch
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.text_encoder.backends.torch.model import Clip, TorchTextEncoder
 from imagemesh_services.text_encoder.config import TextEncoderConfig
@@ -39,10 +39,13 @@ class GraphTextEncoder(TorchTextEncoder):
     def _marks(self) -> tuple[object, ...]:
         return (*super()._marks(), self._compiler.engine.version, self.device)
 
-    def _prepare(self, clip: Clip, part: str, sources: Sequence[Path]) -> None:
+    def _seen(self, paths: Sequence[Path]) -> Sources:
+        return Sources.of(paths)
+
+    def _prepare(self, clip: Clip, part: str, seen: Sources) -> None:
         def stand_in(model: Any) -> _Text:
             traced = _traced(model, clip.window)
-            graph = self._compiler.compile(part.replace("_", " "), sources, lambda: traced)
+            graph = self._compiler.compile(part.replace("_", " "), seen, lambda: traced)
             return _Text(model, graph, traced.outputs)
 
         clip.hand_over(stand_in)

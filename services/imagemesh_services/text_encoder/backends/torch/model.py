@@ -184,14 +184,19 @@ class TorchTextEncoder:
         parts = [folder.path / part for part in PARTS if folder.has(part)]
         fingerprint = fingerprint_of([*parts, *places(folder)], *map(str, self._marks()))
         encoders = _encoders(folder)
+        found = find_inversions(folder, _widths(folder))
+        embeddings = [one.path for one in found.usable.values()]
+        seen = [
+            self._seen([folder.path / part, folder.path / _tokenizer(part), *embeddings]) for part in encoders
+        ]  # before any of it is read
         tokenizers = [CLIPTokenizer.from_pretrained(folder.path / _tokenizer(part)) for part in encoders]
-        words = _without_taken(folder, find_inversions(folder, _widths(folder)), tokenizers)
-        tensors = {word: (load_file(found.path), found.keys) for word, found in words.usable.items()}
+        words = _without_taken(folder, found, tokenizers)
+        tensors = {word: (load_file(one.path), one.keys) for word, one in words.usable.items()}
         clips = []
         for i, (part, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
             module = load_module(CLASSES[part], folder.path / part, self._dtype, self._device)
             clips.append(Clip(tokenizer, module, {word: held[keys[i]] for word, (held, keys) in tensors.items()}))
-            self._prepare(clips[-1], part, [folder.path / part, *(found.path for found in words.usable.values())])
+            self._prepare(clips[-1], part, seen[i])
         if not folder.has("text_encoder_2"):
             return TorchTextModel(clips[0], fingerprint, words.unusable)
         if len({clip.window for clip in clips}) > 1:
@@ -203,8 +208,11 @@ class TorchTextEncoder:
         """What embeddings depend on besides the weights."""
         return (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
 
-    def _prepare(self, clip: Clip, part: str, sources: Sequence[Path]) -> None:
-        """Called with every model that was loaded, and with what of the disk it was made of."""
+    def _seen(self, paths: Sequence[Path]) -> Any:
+        """Called before a model is loaded, with what of the disk it is made of."""
+
+    def _prepare(self, clip: Clip, part: str, seen: Any) -> None:
+        """Called with every model that was loaded, and with what ``_seen`` answered before."""
 
 
 def _encoders(folder: ModelFolder) -> list[str]:

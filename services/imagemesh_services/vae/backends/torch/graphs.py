@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_services.graphs.engine import Engine
-from imagemesh_services.graphs.torch.compiler import Standin, open_compiler, run
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.torch_support import load_module
 from imagemesh_services.vae.backends.torch.model import TorchVae, TorchVaeModel
@@ -37,19 +36,20 @@ class GraphVae(TorchVae):
 
     def load(self, name: str) -> TorchVaeModel:
         path = self.repository.folders()[name].path / "vae"
+        sources = Sources.of([path])
         vae = load_module(AutoencoderKL, path, torch.float32, torch.device("cpu"))
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         # Sides of 2 latents and of 3, and 2 rows: whatever tracing would make of 1.
         latents = torch.zeros(2, vae.config.latent_channels, 2, 3)
         pixels = torch.zeros(2, vae.config.in_channels, 2 * scale, 3 * scale)
         for part, example in (("encoder", pixels), ("decoder", latents)):
-            setattr(vae, part, self._graph(path, part, getattr(vae, part), example))
+            setattr(vae, part, self._graph(sources, part, getattr(vae, part), example))
         return TorchVaeModel(name, vae)
 
-    def _graph(self, path: Path, part: str, module: Any, example: torch.Tensor) -> Standin:
+    def _graph(self, sources: Sources, part: str, module: Any, example: torch.Tensor) -> Standin:
         free = {"input": {0: "rows", 2: "height", 3: "width"}, "output": {0: "rows", 2: "out_height", 3: "out_width"}}
         traced = Traced(module, {"input": example}, ["output"], free, type(module).__name__)
-        return _Part(None, self._compiler.compile(f"vae {part}", [path], lambda: traced))
+        return _Part(None, self._compiler.compile(f"vae {part}", sources, lambda: traced))
 
 
 class _Part(Standin):
