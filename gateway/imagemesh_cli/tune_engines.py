@@ -1,5 +1,6 @@
 """The part of ``imagemesh tune`` that finds the fastest engine of each model."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,23 +24,22 @@ class _Found:
 
 
 def tune_engines(args: Namespace) -> int:
-    """Measure, put the choices on file, and tell them."""
+    """Measure, put each service's choices on file, and tell them."""
     from imagemesh_services.choices import choices_path, write_choices
 
-    found, choices, path = [], [], None
+    found, path = [], None
     sizes: dict[str, tuple[int, int]] = {}
     for service in ROLES:
         table = resolve_name(f"{SERVICES[service].package}.backend:BACKENDS")
         settings = {"models": str(args.models)} if args.models else {}
         config = configure(SERVICES[service].config(), settings, args.config)
         path = choices_path(config)
-        for timed, first in _measure(table, config, service, args, sizes):
-            found.append(_Found(service, timed))
-            choices.append(timed.choice(table, config, first))
+        measured = list(_measure(table, config, service, args, sizes))
+        found += [_Found(service, timed) for timed, _ in measured]
+        write_choices(path, [timed.choice(table, config, first) for timed, first in measured])
     if args.model and args.model not in sizes:
         raise NotFound("model", args.model, sorted(sizes))
     assert path is not None
-    write_choices(path, choices)
     if args.json:
         print_json([{"service": one.service, "model": one.timed.model, "engine": one.timed.engine,
                      "seconds": dict(one.timed.seconds)} for one in found])  # fmt: skip
@@ -66,7 +66,11 @@ def _measure(
         width, height = args.size[0] if args.size else sizes.setdefault(name, (own[0], own[1]))
         sizes[name] = (width, height)
         if args.model in ("", name):
-            yield time_engines(engines, name, lambda model: trial(model, width, height), args.rounds), first  # noqa: B023
+            timed = time_engines(engines, name, lambda model: trial(model, width, height), args.rounds)  # noqa: B023
+            if timed is None:
+                print(f"{service}: {name} is left out: no engine can do it", file=sys.stderr)
+                continue
+            yield timed, first
 
 
 def _rows(one: _Found) -> Iterator[tuple[str, ...]]:

@@ -100,11 +100,13 @@ class ModelCard:
 
     Attributes:
         engine: what runs it, where the backend is several in one.
+        otherwise: what runs it where ``engine`` finds that it can't.
     """
 
     name: str
     properties: Mapping[str, str] = field(default_factory=dict)
     engine: "Backend[Any] | None" = None
+    otherwise: "Backend[Any] | None" = None
 
 
 def cards_of(folders: Iterable[ModelFolder], card: Callable[[ModelFolder], ModelCard | None]) -> dict[str, ModelCard]:
@@ -251,7 +253,14 @@ class LoadedModels(Generic[Model]):
             _stamp, self.backend, name
         )  # before it is read: what changes meanwhile is newer
         with self._metrics.model_load.time(name):
-            model = await self.lane.run(engine.load, name)
+            try:
+                model = await self.lane.run(engine.load, name)
+            except FailedPrecondition as error:
+                if (other := cards[name].otherwise) is None:
+                    raise
+                log.warning("%s: %s can't load %s: %s", self._metrics.service, engine.name, name, error)
+                engine = other
+                model = await self.lane.run(engine.load, name)
         self._engines[name], self._loaded[name], self._stamps[name] = engine, model, stamp
         log.info("%s: %s loaded by %s", self._metrics.service, name, engine.name)
 

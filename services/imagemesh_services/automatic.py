@@ -54,7 +54,7 @@ class Fastest(Generic[Model]):
         for name in cards if self._measured else ():
             engine = self._engine(name)
             if engine is not self._first and name in (others := engine.cards()):
-                cards[name] = dataclasses.replace(others[name], engine=engine)
+                cards[name] = dataclasses.replace(others[name], engine=engine, otherwise=self._first)
         return cards
 
     def load(self, name: str) -> Model:
@@ -63,8 +63,11 @@ class Fastest(Generic[Model]):
     def _read(self) -> dict[object, Choice]:
         versions = versions_of(self._table)
         found = read_choices(choices_path(self._config))
-        mine = (self._config.SERVICE, self._config.device, self._config.threads, versions)
-        return {one.model: one for one in found if (one.service, one.device, one.threads, one.versions) == mine}
+        own = self._config
+        mine = (own.SERVICE, own.device, own.dtype, own.threads, versions)
+        return {
+            one.model: one for one in found if (one.service, one.device, one.dtype, one.threads, one.versions) == mine
+        }
 
     def _engine(self, name: str) -> Backend[Model]:
         """The engine of that model, the first where no other was measured to be better or can be had."""

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _VERSION: Final = 1
 _KEPT: Final = 1000
+_MODE: Final = 0o644
 # What else a library's package may be called.
 _PACKAGES: Final = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")}
 
@@ -28,28 +29,29 @@ class Choice:
 
     Attributes:
         model: a fingerprint of its folder.
-        device: as configured; each engine has its own reading of "auto".
+        device: as configured, as the element type is; each engine has its own reading of "auto".
         versions: of the engines' libraries.
     """
 
     service: str
     model: str
     device: str
+    dtype: str
     threads: int
     versions: str
     engine: str
     seconds: Mapping[str, float]
 
     @property
-    def key(self) -> tuple[str, str, str, int, str]:
+    def key(self) -> tuple[str, str, str, str, int, str]:
         """What it holds for; it is trusted for nothing else."""
-        return (self.service, self.model, self.device, self.threads, self.versions)
+        return (self.service, self.model, self.device, self.dtype, self.threads, self.versions)
 
 
 def choices_path(config: ModelServerConfig, env: Mapping[str, str] = os.environ) -> Path:
     """The configured file, or one in the user's state."""
     if config.engines_file:
-        return Path(config.engines_file)
+        return Path(config.engines_file).expanduser()
     state = env.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
     return Path(state, "imagemesh", "engines.json")
 
@@ -90,13 +92,16 @@ def write_choices(path: Path, new: Iterable[Choice]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=path.parent, prefix=".engines-", delete=False) as file:
         json.dump({"version": _VERSION, "choices": entries}, file, indent=1)
+    os.chmod(file.name, _MODE)  # services may run as other users than who measured
     os.replace(file.name, path)
 
 
 def _read(entry: Any) -> Choice | None:
     try:
         choice = Choice(**entry)
-        texts: Sequence[Any] = (choice.service, choice.model, choice.device, choice.versions, choice.engine)
+        texts: Sequence[Any] = (
+            choice.service, choice.model, choice.device, choice.dtype, choice.versions, choice.engine,
+        )  # fmt: skip
         numbers = all(isinstance(one, int | float) for one in choice.seconds.values())
         right = all(isinstance(one, str) for one in texts) and isinstance(choice.threads, int) and numbers
     except (TypeError, AttributeError):

@@ -41,7 +41,7 @@ class Timed:
         assert backend.repository is not None
         found = fingerprint_of([backend.repository.folders()[self.model].path])
         medians = {name: median(values) for name, values in self.seconds.items()}
-        place = (config.SERVICE, found, config.device, config.threads, versions_of(table))
+        place = (config.SERVICE, found, config.device, config.dtype, config.threads, versions_of(table))
         return Choice(*place, self.engine, medians)
 
 
@@ -64,10 +64,10 @@ def time_engines(
     trial: Callable[[Any], Work],
     rounds: int,
     clock: Callable[[], float] = perf_counter,
-) -> Timed:
+) -> Timed | None:
     """Let each engine that has the model do the same work, in turns whose order alternates.
 
-    An engine that can't do it is left out with a warning. All have the model in memory meanwhile.
+    An engine that can't do it is left out with a warning; None: none can. All have the model in memory meanwhile.
     """
     works: dict[str, Work] = {}
     for engine, backend in engines.items():
@@ -80,6 +80,8 @@ def time_engines(
             log.warning("%s: %s is left out: %s", name, engine, error)
             continue
         works[engine] = work
+    if not works:
+        return None
     seconds: dict[str, list[float]] = {engine: [] for engine in works}
     order = list(works)
     for _ in range(rounds):

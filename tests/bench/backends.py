@@ -39,6 +39,8 @@ def _role(role: str, root: Path, name: str, side: int, rounds: int) -> list[Figu
     table, trial = (resolve_name(f"{room.package}.{place}") for place in ("backend:BACKENDS", "trial:trial"))
     config = room.config()(models=str(root), device="cpu", graphs=str(root.parent / "graphs"))
     timed = time_engines(open_engines(table, config), name, lambda model: trial(model, side, side), rounds)
+    if timed is None:
+        raise RuntimeError(f"no engine can do the work of {role}")
     figures = [Figure.of(f"{WORK[role]}: torch", [one * 1e3 for one in timed.seconds["torch"]], "ms")]
     for engine in timed.seconds:
         if engine != "torch":

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imagemesh_cli import tune_engines
 from imagemesh_runtime.config import ModelServerConfig
-from imagemesh_runtime.errors import InvalidArgument
-from imagemesh_runtime.registry import BackendEntry, ModelCard, Repository
+from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
+from imagemesh_runtime.lanes import Lane
+from imagemesh_runtime.metrics import Metrics
+from imagemesh_runtime.registry import BackendEntry, LoadedModels, ModelCard, Repository
+from imagemesh_services import measuring
 from imagemesh_services.automatic import Fastest, open_backend
 from imagemesh_services.choices import Choice, choices_path, read_choices, versions_of, write_choices
 from imagemesh_services.fingerprint import fingerprint_of
@@ -76,7 +81,9 @@ def config(tmp_path: Path) -> ModelServerConfig:
 
 def choice(config: ModelServerConfig, model: str, engine: str, **changes: Any) -> Choice:
     found = fingerprint_of([Path(config.models) / model])
-    made = Choice(config.SERVICE, found, config.device, config.threads, versions_of(TABLE), engine, {engine: 1.0})
+    made = Choice(
+        config.SERVICE, found, config.device, config.dtype, config.threads, versions_of(TABLE), engine, {engine: 1.0}
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -107,7 +114,14 @@ def test_each_model_is_run_by_the_engine_that_was_fastest(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"device": "cuda"}, {"threads": 3}, {"versions": "numpy 1"}, {"service": "other"}, {"model": "another"}],
+    [
+        {"device": "cuda"},
+        {"dtype": "float16"},
+        {"threads": 3},
+        {"versions": "numpy 1"},
+        {"service": "other"},
+        {"model": "another"},
+    ],
     ids=str,
 )
 def test_what_was_measured_elsewhere_is_not_trusted(config: ModelServerConfig, changes: dict[str, Any]) -> None:
@@ -125,6 +139,29 @@ def test_a_model_whose_files_changed_is_not_what_was_measured(config: ModelServe
 def test_where_the_fastest_can_not_be_had_the_first_runs_it(config: ModelServerConfig, model: str, engine: str) -> None:
     write_choices(choices_path(config), [choice(config, model, engine)])
     assert engines(config)[model] == "slow"
+
+
+async def test_where_the_fastest_can_not_load_the_first_does(
+    config: ModelServerConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: Quick, name: str) -> Any:
+        raise FailedPrecondition("no graph can be kept")
+
+    monkeypatch.setattr(Quick, "load", load)
+    write_choices(choices_path(config), [choice(config, "one", "quick")])
+    lane = Lane("test")
+    try:
+        models = LoadedModels(open_backend(TABLE, config), lane, Metrics("test"))
+        assert isinstance(await models.get("one"), Slow)
+    finally:
+        lane.close()
+    assert models.engine_of("one").name == "slow"
+    assert "quick can't load one: no graph can be kept" in caplog.text
+
+
+def test_others_may_read_what_was_measured(config: ModelServerConfig) -> None:
+    write_choices(choices_path(config), [])
+    assert choices_path(config).stat().st_mode & 0o777 == 0o644
 
 
 def test_a_choice_takes_the_place_of_the_one_before_and_others_stay(config: ModelServerConfig) -> None:
@@ -155,6 +192,7 @@ def test_a_file_that_is_none_is_said_and_nothing_is_chosen(
 def test_the_file_is_the_configured_one_or_the_users_state() -> None:
     assert choices_path(ModelServerConfig(), {"XDG_STATE_HOME": "/s"}) == Path("/s/imagemesh/engines.json")
     assert choices_path(ModelServerConfig(engines_file="/mine"), {}) == Path("/mine")
+    assert choices_path(ModelServerConfig(engines_file="~/mine"), {}) == Path.home() / "mine"
 
 
 def test_engines_are_timed_in_turns_and_the_fastest_is_chosen(config: ModelServerConfig) -> None:
@@ -171,6 +209,7 @@ def test_engines_are_timed_in_turns_and_the_fastest_is_chosen(config: ModelServe
     assert list(found) == ["slow", "quick"]  # gone can't be had, broken is explicit
     timed = time_engines(found, "one", trial, rounds=3, clock=lambda: now[0])
     assert ran == ["slow", "quick", *("slow", "quick", "quick", "slow", "slow", "quick")]
+    assert timed is not None
     assert timed.engine == "quick"
     assert timed.ratios("quick") == [2.0] * 3
     write_choices(choices_path(config), [timed.choice(TABLE, config, found["slow"])])
@@ -182,6 +221,36 @@ def test_an_engine_that_has_not_the_model_or_fails_at_it_is_left_out(
 ) -> None:
     found = {**open_engines(TABLE, config), "broken": Broken(config)}
     timed = time_engines(found, "odd", lambda model: lambda: None, rounds=1)
+    assert timed is not None
     assert list(timed.seconds) == ["slow"]
     assert "broken is left out: no such operator" in caplog.text
     assert Timed("odd", {"a": [3.0, 1.0, 2.0], "b": [1.5, 9.0, 1.5]}).engine == "b"
+
+
+def test_a_model_that_no_engine_can_do_is_said_and_the_others_are_kept(
+    config: ModelServerConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Service:
+        package = "measured"
+        config = ModelServerConfig
+
+    def trial(model: Slow, width: int, height: int) -> Any:
+        return lambda: None
+
+    def timed(engines: Any, name: str, trial: Any, rounds: int) -> Timed | None:
+        def failing(model: Any) -> Any:
+            raise RuntimeError("no such operator")
+
+        return time_engines(engines, name, failing if name == "one" else trial, rounds)
+
+    found = {"measured.backend:BACKENDS": TABLE, "measured.trial:trial": trial}
+    monkeypatch.setattr(tune_engines, "resolve_name", found.__getitem__)
+    monkeypatch.setattr(tune_engines, "SERVICES", {"mine": Service})
+    monkeypatch.setattr(tune_engines, "ROLES", ("mine",))
+    monkeypatch.setattr(tune_engines, "configure", lambda *_: config)
+    monkeypatch.setattr(measuring, "time_engines", timed)
+    args = Namespace(models=None, config=None, model="", size=None, rounds=1, json=False)
+    assert tune_engines.tune_engines(args) == 0
+    assert "one is left out: no engine can do it" in capsys.readouterr().err
+    kept = {one.model for one in read_choices(choices_path(config))}
+    assert kept == {choice(config, name, "").model for name in ("two", "odd")}
