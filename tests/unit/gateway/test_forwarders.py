@@ -96,15 +96,12 @@ class ControlNet:
         self.requests: list[Any] = []
         self._infos = [preprocess_service_pb2.PreprocessorInfo(name="depth", needs_model=True, models=models)]
 
-    async def survey(self, question: Any) -> Any:
-        return [preprocess_service_pb2.ListPreprocessorsResponse(preprocessors=self._infos)]
-
     async def unary(self, method: Any, request: Any, hop: Any = None, **_: Any) -> Any:
         self.requests.append(request)
         return preprocess_service_pb2.PreprocessResponse()
 
     async def survey(self, question: Any) -> list[Any]:
-        return [await question(self)]
+        return [preprocess_service_pb2.ListPreprocessorsResponse(preprocessors=self._infos)]
 
 
 def preprocessors(service: Any) -> Preprocessors:
