@@ -131,7 +131,8 @@ def _other_state(draw: st.DrawFn, checkpoint: pb.SampleCheckpoint) -> None:
         place = draw(st.sampled_from(_places(state)))
         state = _put(state, place, draw(st.sampled_from(HOSTILE_VALUES)))
     else:
-        whose = state.setdefault(draw(st.sampled_from(["scheduler", "guider", "unet"])), {})
+        part = draw(st.sampled_from(["scheduler", "guider", "unet"]))
+        whose = state[part] = state[part] if isinstance(state.get(part), dict) else {}  # something else may stand there
         whose[draw(st.sampled_from(HOSTILE_NAMES))] = draw(st.sampled_from(HOSTILE_VALUES))
     checkpoint.state = json.dumps(state)
 
