@@ -31,6 +31,8 @@ class Rows:
 
     def read(self, index: int) -> Picture:
         cell = self.table[index][self.image]
+        if cell is None:
+            raise InvalidArgument("data", f"{self.name(index)}.{self.image}", "a picture: it is null")
         data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return decode_file(data, self.name(index))
 

@@ -67,3 +67,9 @@ def test_what_can_not_be_learned_from_is_told(tmp_path: Path) -> None:
     )
     bad.save_to_disk(str(tmp_path / "broken"))
     assert "train[1]" in refused("broken")
+    cells = [{"bytes": png("red", 0), "path": None}, None] * 2
+    datasets.Dataset.from_dict({"picture": cells, "label": [0, 1] * 2}, rows(1, [0, 1]).features).save_to_disk(
+        str(tmp_path / "empty")
+    )
+    assert '"2 of 4 that can\'t be read"' in (told := refused("empty"))
+    assert "train[1]" in told
