@@ -37,6 +37,7 @@ def finetune(args: Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     asked = {
         "model": args.model, "weights": fingerprint_of([original.folder]), "data": data.digest, **plan.as_json(),
+        **_place(args, plan),
     }  # fmt: skip
     room = args.state or args.output.parent / f".{args.output.name}.run"
     enter(room, asked)
@@ -57,6 +58,15 @@ def _plan(args: Namespace) -> Plan:
 
     names = [field.name for field in dataclasses.fields(Plan)]
     return Plan(**{name: getattr(args, name) for name in names} | {"augment": tuple(args.augment)})
+
+
+def _place(args: Namespace, plan: Plan) -> dict[str, str]:
+    """Where the run computes, and in what: elsewhere it could not go on as if it had never stopped."""
+    from imagemesh_services.torch_support import pick_device
+    from imagemesh_training.finetune.plan import pick_precision
+
+    device = pick_device(args.device)
+    return {"device": device.type, "dtype": str(pick_precision(plan.precision, device)).removeprefix("torch.")}
 
 
 def _training(args: Namespace, original: Original, data: Data, plan: Plan, room: Path) -> Training:
@@ -90,7 +100,7 @@ def _keep(args: Namespace, original: Original, outcome: Outcome, made_by: dict[s
     Raises:
         FailedPrecondition: it is right too seldom.
     """
-    from imagemesh_training.finetune.state import BEST, STATE
+    from imagemesh_training.finetune.state import BESTS, STATE
 
     fields = [field.name for field in dataclasses.fields(outcome) if field.name != "model"]
     told = {**made_by, **{name: getattr(outcome, name) for name in fields}}
@@ -103,8 +113,8 @@ def _keep(args: Namespace, original: Original, outcome: Outcome, made_by: dict[s
         outcome.model.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         original.load(folder, "torch")
-    for name in (STATE, BEST):
-        (room / name).unlink(missing_ok=True)
+    for path in (room / STATE, *room.glob(BESTS)):
+        path.unlink(missing_ok=True)
     if args.json:
         print_json({**told, "folder": str(args.output), "state": str(room)})
         return 0

@@ -18,7 +18,7 @@ from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_training.finetune.parts import learned, restore
 
 STATE: Final = "state.safetensors"
-BEST: Final = "best.safetensors"
+BESTS: Final = "best-*.safetensors"  # of each epoch that was the best one, until a state names it
 RUN: Final = "run.json"
 
 
@@ -60,8 +60,8 @@ class State:
         for number, values in found["state"].items():
             tensors.update({f"optimizer.{number}.{name}": value for name, value in values.items()})
         tensors["rng"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        if (device := self._device()).type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
         told = {
             "position": asdict(self.position),
             "groups": found["param_groups"],
@@ -69,6 +69,8 @@ class State:
             "scaler": self.scaler.state_dict(),
         }
         _write(self.room / STATE, tensors, {"told": json.dumps(told)})
+        for path in set(self.room.glob(BESTS)) - {self._best()}:
+            path.unlink()
 
     def load(self) -> bool:
         """Take up what was saved; says whether there was anything.
@@ -87,10 +89,10 @@ class State:
             self.schedule.load_state_dict(told["schedule"])
             self.scaler.load_state_dict(told["scaler"])
             torch.set_rng_state(tensors["rng"])
-            if "rng.cuda" in tensors and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors["rng.cuda"])
+            if (device := self._device()).type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng.cuda"], device)
             self.position = Position(**told["position"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise FailedPrecondition(
                 f"{path} can't be gone on from ({error}); remove {self.room} to begin anew"
             ) from error
@@ -99,12 +101,18 @@ class State:
         return True
 
     def keep_best(self) -> None:
-        """Remember the weights as they are: they did best so far."""
-        _write(self.room / BEST, learned(self.model), {})
+        """Remember the weights as they are, the position's best; those before stay until the next ``save``."""
+        _write(self._best(), learned(self.model), {})
 
     def take_best(self) -> None:
         """Put the best weights back."""
-        restore(self.model, _read(self.room / BEST)[0])
+        restore(self.model, _read(self._best())[0])
+
+    def _best(self) -> Path:
+        return self.room / f"best-{self.position.best_epoch}.safetensors"
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def _slots(tensors: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:

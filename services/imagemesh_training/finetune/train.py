@@ -167,9 +167,9 @@ class Training:
                 rate = float(state.schedule.get_last_lr()[0])
                 self._records.tell(at.step, at.epochs + 1, train_loss=at.loss / done, train_rate=rate)
             self._save_if_due()
+        accuracy, loss = self._validate(learner)  # before the epoch counts as done: it may be stopped in the midst
         mean, at.loss = at.loss / self._in_an_epoch, 0.0
         at.epochs += 1
-        accuracy, loss = self._validate(learner)
         self._records.tell(at.step, at.epochs, validation_loss=loss, accuracy=accuracy)
         self.say(
             f"epoch {at.epochs}/{self.plan.epochs}: loss {mean:.4f}, validation {loss:.4f}, accuracy {accuracy:.1%}"
@@ -238,6 +238,7 @@ class Training:
         batches = [[(-1, i) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
         right, loss = 0, 0.0
         for pixels, labels in self._loader(self.data.validation, batches):
+            self._save_if_due()
             logits, there = self._logits(learner, pixels), labels.to(self.device)
             loss += functional.cross_entropy(logits, there, reduction="sum").item()
             right += int((logits.argmax(-1) == there).sum())

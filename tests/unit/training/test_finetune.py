@@ -19,7 +19,7 @@ from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_training.finetune import parts
 from imagemesh_training.finetune.pictures import Data, open_data
 from imagemesh_training.finetune.plan import Plan, pick_precision
-from imagemesh_training.finetune.state import enter
+from imagemesh_training.finetune.state import State, enter
 from imagemesh_training.finetune.train import Outcome, Stopped, Training
 from tests.support.labelled import put_pictures
 from tests.support.sizes import ROOT
@@ -171,6 +171,54 @@ def test_a_run_that_was_told_to_stop_is_gone_on_with(train):
     _, rest = train(epochs=2)
     assert (rest.loss, rest.accuracy, rest.steps) == (whole.loss, whole.accuracy, 6)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True))
+
+
+def test_a_run_that_was_told_to_stop_while_it_measures_is_gone_on_with(train, monkeypatch):
+    _, whole = train(room="whole", epochs=2)
+    validate = Training._validate
+
+    def stopped(self, learner):
+        self.stopping = True
+        return validate(self, learner)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        patch.setattr(Training, "_validate", stopped)
+        train(epochs=2)
+    _, rest = train(epochs=2)
+    assert (rest.loss, rest.accuracy, rest.steps) == (whole.loss, whole.accuracy, 6)
+
+
+def test_the_best_weights_that_a_state_names_stay_until_another_names_others(train, tmp_path, monkeypatch):
+    keep, kept = State.keep_best, []
+
+    def killed(self):
+        keep(self)
+        kept.append(self.position.best_epoch)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(State, "keep_best", killed)
+        train(tune="all", epochs=4)
+    found = {path.name for path in (tmp_path / "run").glob("best*")}
+    assert found == {f"best-{epoch}.safetensors" for epoch in kept}
+    _, outcome = train(tune="all", epochs=4)
+    assert [path.name for path in (tmp_path / "run").glob("best*")] == [f"best-{outcome.best_epoch}.safetensors"]
+
+
+def test_a_state_that_a_library_can_not_take_up_is_named(train, monkeypatch):
+    """As a scaler's of a GPU is where there is none; and a GPU that isn't computed on is let alone."""
+
+    def refuse(*_):
+        raise RuntimeError("The source state dict is empty")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", refuse)
+    with pytest.raises(Stopped):
+        train(epochs=2, stop=1)
+    monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", refuse)
+    with pytest.raises(FailedPrecondition, match=r"can't be gone on from \(The source state dict is empty\)"):
+        train(epochs=2)
 
 
 def test_killed_anywhere_and_gone_on_with_it_ends_at_the_same_loss(folders, tmp_path):
