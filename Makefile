@@ -68,6 +68,7 @@ eval-demo: dev ## measure the shipped models
 
 finetune-demo: dev ## teach the shipped ViT 20 things that it doesn't know, 20 pictures of each, and measure it (minutes)
 	$(BIN)/python -m imagemesh_training.unseen_things --out out/unseen
+	rm -rf out/models/unseen-vit
 	$(BIN)/imagemesh finetune emoji-vit --data out/unseen --tune all -o out/models/unseen-vit
 
 wheel: dev ## build the wheel into dist/
