@@ -1,6 +1,7 @@
 """Engines up to the device's edge: what is picked, and what is said where it isn't there."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -63,11 +64,15 @@ def test_a_device_that_does_not_work_is_refused_where_it_was_asked_for() -> None
         pick_provider("cuda", ["CUDAExecutionProvider", CPU], broken)
 
 
-def test_what_this_host_can_use_is_tried_on_it() -> None:
-    """A session that fell back to the CPU is none on the device."""
-    for device, provider in PROVIDERS.items():
-        if device == "cpu" or provider not in onnxruntime.get_available_providers():
-            assert usable(device) == (device == "cpu")
+def test_a_session_that_fell_back_to_the_cpu_is_none_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = PROVIDERS["cuda"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, CPU])
+    for got, works_there in (([CPU], False), ([cuda, CPU], True)):
+        session = SimpleNamespace(get_providers=lambda got=got: got)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, session=session, **__: session)
+        assert usable("cuda") == works_there
+    assert usable("cpu")
+    assert not usable("rocm")  # the build hasn't it
 
 
 @pytest.mark.parametrize("choice", ["gpu.7", "cuda", ""])
