@@ -181,9 +181,10 @@ def test_a_run_that_was_told_to_stop_while_it_measures_is_gone_on_with(train, mo
         self.stopping = True
         return validate(self, learner)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 3 of 6"):
+    with monkeypatch.context() as patch:
         patch.setattr(Training, "_validate", stopped)
-        train(epochs=2)
+        with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+            train(epochs=2)
     _, rest = train(epochs=2)
     assert (rest.loss, rest.accuracy, rest.steps) == (whole.loss, whole.accuracy, 6)
 
@@ -197,9 +198,10 @@ def test_the_best_weights_that_a_state_names_stay_until_another_names_others(tra
         if len(kept) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(State, "keep_best", killed)
-        train(tune="all", epochs=4)
+        with pytest.raises(KeyboardInterrupt):
+            train(tune="all", epochs=4)
     found = {path.name for path in (tmp_path / "run").glob("best*")}
     assert found == {f"best-{epoch}.safetensors" for epoch in kept}
     _, outcome = train(tune="all", epochs=4)
