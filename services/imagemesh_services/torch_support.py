@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.dlpack import from_dlpack
 
+from imagemesh_runtime.config import ModelServerConfig
 from imagemesh_runtime.errors import FailedPrecondition, InvalidArgument
 from imagemesh_runtime.tensors import Array
+from imagemesh_services.repository import open_repository
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,27 @@ def pick_dtype(choice: str) -> torch.dtype:
 def set_threads(threads: int) -> None:
     """Bound the threads of one computation for the whole process; 0: the cores that this process may use."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+class TorchBackend:
+    """What the torch backends of all services are: models of folders, on one device, in one element type.
+
+    Raises:
+        InvalidArgument: there is no such device or element type.
+    """
+
+    name = "torch"
+
+    def __init__(self, config: ModelServerConfig) -> None:
+        self.repository = open_repository(config)
+        self._device = pick_device(config.device)
+        self._dtype = pick_dtype(config.dtype)
+        self.device, self.dtype = str(self._device), config.dtype
+        set_threads(config.threads)
+
+    def _marks(self) -> tuple[object, ...]:
+        """What the bits of an answer depend on besides the weights."""
+        return (self.name, self._dtype, self._device.type, torch.__version__)
 
 
 def to_torch(array: Array, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

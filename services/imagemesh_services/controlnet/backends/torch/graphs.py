@@ -3,9 +3,8 @@
 A graph answers all residuals of a step at once, where torch tells each block's as soon as it is there.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
@@ -15,9 +14,9 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import Emit, Part
 from imagemesh_services.controlnet.backends.torch.adapter import TorchAdapter
 from imagemesh_services.controlnet.backends.torch.model import TorchControlModel, TorchControlNet, TorchControlRun
-from imagemesh_services.controlnet.config import ControlNetConfig
-from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
+from imagemesh_services.graphs.engine import Graph
+from imagemesh_services.graphs.torch.backend import GraphBackend
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.graphs.torch.unet_inputs import added_names, examples, free_axes
 from imagemesh_services.torch_support import load_module, to_numpy, to_torch
@@ -62,19 +61,8 @@ class _Adapter(Standin):
         return run(self.graph, {"pixels": pixels})
 
 
-class GraphControlNet(TorchControlNet):
-    """Runs folders that hold a ControlNetModel or a T2IAdapter.
-
-    Raises:
-        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
-    """
-
-    engine: ClassVar[type[Engine]]
-
-    def __init__(self, config: ControlNetConfig) -> None:
-        self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu"))
-        self.device = self._compiler.engine.device
+class GraphControlNet(GraphBackend, TorchControlNet):
+    """Runs folders that hold a ControlNetModel or a T2IAdapter."""
 
     def cards(self) -> Mapping[str, ModelCard]:
         return {name: card for name, card in super().cards().items() if card.properties["class"] in _CLASSES}

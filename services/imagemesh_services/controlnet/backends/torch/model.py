@@ -14,9 +14,12 @@ from imagemesh_runtime.tensors import Array
 from imagemesh_services.controlnet.backend import ControlInputs, Emit
 from imagemesh_services.controlnet.backends.torch.adapter import TorchAdapter
 from imagemesh_services.controlnet.backends.torch.producing import Produced, producing
-from imagemesh_services.controlnet.config import ControlNetConfig
-from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, plus, set_threads, to_torch
+from imagemesh_services.torch_support import (
+    TorchBackend,
+    load_module,
+    plus,
+    to_torch,
+)
 
 _TOKENS: Final = 77  # of a prompt of ordinary length
 _NUMBERS: Final = 6  # of Stable Diffusion XL's micro-conditioning
@@ -156,17 +159,8 @@ class TorchControlModel:
                 raise InvalidArgument("start.added_conditions", widths, "as wide as the ControlNet's were in training")
 
 
-class TorchControlNet:
+class TorchControlNet(TorchBackend):
     """Runs folders that hold a ControlNetModel, a ControlNetUnionModel or a T2IAdapter."""
-
-    name = "torch"
-
-    def __init__(self, config: ControlNetConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         folders = self.repository.folders().values()

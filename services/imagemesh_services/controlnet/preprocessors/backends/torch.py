@@ -20,15 +20,11 @@ from transformers.models.auto import modeling_auto
 from imagemesh_runtime.errors import FailedPrecondition, NotFinite
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.controlnet.config import ControlNetConfig
 from imagemesh_services.controlnet.preprocessors.backend import TASK, Annotator, Task
-from imagemesh_services.repository import open_repository
 from imagemesh_services.torch_support import (
+    TorchBackend,
     building,
     load_module,
-    pick_device,
-    pick_dtype,
-    set_threads,
     to_numpy,
     to_torch,
 )
@@ -207,19 +203,10 @@ _CLASSES_OF_TASK: Final[Mapping[Task, frozenset[str]]] = {
 _DETECTORS: Final = _names(modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES)
 
 
-class TorchAnnotators:
+class TorchAnnotators(TorchBackend):
     """Runs folders in the layouts of Intel/dpt-large, nvidia/segformer-b0-finetuned-ade-512-512 and
     usyd-community/vitpose-base-simple, whatever their architecture, and DexiNed's weights.
     """
-
-    name = "torch"
-
-    def __init__(self, config: ControlNetConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), _card)

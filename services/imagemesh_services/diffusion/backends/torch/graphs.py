@@ -4,11 +4,10 @@ A graph can't be hooked: it gets ControlNets' residuals as inputs, all at once, 
 (some guiders, adapters) is refused.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 
@@ -20,10 +19,10 @@ from imagemesh_services.diffusion.backends.torch.injection import Injection
 from imagemesh_services.diffusion.backends.torch.model import TorchDiffusion, TorchDiffusionModel
 from imagemesh_services.diffusion.backends.torch.rows import Misfit, StepRows, merge_residuals
 from imagemesh_services.diffusion.backends.torch.run import TorchRun
-from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.diffusion.guiders import GUIDERS
-from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
+from imagemesh_services.graphs.engine import Graph
+from imagemesh_services.graphs.torch.backend import GraphBackend
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.graphs.torch.unet_inputs import MAP, added_names, examples, free_axes
 from imagemesh_services.torch_support import building, load_module
@@ -115,27 +114,14 @@ class GraphDiffusionModel(TorchDiffusionModel):
         return super().start(inputs)
 
 
-class GraphDiffusion(TorchDiffusion):
-    """Runs the ``unet`` of pipeline folders.
+class GraphDiffusion(GraphBackend, TorchDiffusion):
+    """Runs the ``unet`` of pipeline folders."""
 
-    Raises:
-        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
-    """
-
-    engine: ClassVar[type[Engine]]
     model = GraphDiffusionModel
-
-    def __init__(self, config: DiffusionConfig) -> None:
-        self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu"))
-        self.device = self._compiler.engine.device
 
     def cards(self) -> Mapping[str, ModelCard]:
         folders = self.repository.folders()
         return {name: card for name, card in super().cards().items() if not folders[name].has("transformer")}
-
-    def _marks(self) -> tuple[object, ...]:
-        return (*super()._marks(), self._compiler.engine.version, self.device)
 
     def _module(self, cls: Any, path: Path) -> GraphUNet:
         """The weights are read only where there is no graph of them yet."""

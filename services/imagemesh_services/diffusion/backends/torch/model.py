@@ -36,8 +36,7 @@ from imagemesh_services.diffusion.backends.torch.together import Begun, advance_
 from imagemesh_services.diffusion.backends.torch.trial import trial_inputs
 from imagemesh_services.diffusion.config import DiffusionConfig
 from imagemesh_services.fingerprint import fingerprint_of
-from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, plus, set_threads
+from imagemesh_services.torch_support import TorchBackend, load_module, plus
 
 # What an imagemesh.json may say.
 _SUITS = {"steps": int, "guidance_scale": float}
@@ -201,20 +200,15 @@ class TorchDiffusionModel:
         return [(i, rows) for (i, _), rows in zip(begun, split, strict=True)]
 
 
-class TorchDiffusion:
+class TorchDiffusion(TorchBackend):
     """Runs the ``unet`` or the ``transformer`` of pipeline folders."""
 
-    name = "torch"
     # What is made of UNets.
     model: type[TorchDiffusionModel] = TorchDiffusionModel
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
+        super().__init__(config)
         self._max_rows = config.max_batch
-        self.device, self.dtype = str(self._device), config.dtype
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), _card)
@@ -233,8 +227,7 @@ class TorchDiffusion:
         return self.model(*given, self.repository) if part == "unet" else flow_model.FlowModel(*given)
 
     def _marks(self) -> tuple[object, ...]:
-        """What a run's bits depend on besides the weights."""
-        return (self.name, self._dtype, self._device.type, torch.__version__, diffusers.__version__)
+        return (*super()._marks(), diffusers.__version__)
 
     def _module(self, cls: Any, path: Path) -> Any:
         """The module of that class in a folder of its own."""

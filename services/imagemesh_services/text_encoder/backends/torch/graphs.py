@@ -1,43 +1,28 @@
 """CLIP text encoders run by another engine; tokenizers and textual inversions are the torch backend's."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from imagemesh_runtime.registry import ModelCard
-from imagemesh_services.graphs.engine import Engine, Graph
-from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
+from imagemesh_services.graphs.engine import Graph
+from imagemesh_services.graphs.torch.backend import GraphBackend
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.text_encoder.backends.torch.model import Clip, TorchTextEncoder
-from imagemesh_services.text_encoder.config import TextEncoderConfig
 
 _LAST, _POOLED, _STATE = "last_hidden_state", "text_embeds", "hidden_states."
 
 
-class GraphTextEncoder(TorchTextEncoder):
-    """Runs the ``text_encoder`` of pipeline folders where that is CLIP's.
-
-    Raises:
-        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
-    """
-
-    engine: ClassVar[type[Engine]]
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu"))
-        self.device = self._compiler.engine.device
+class GraphTextEncoder(GraphBackend, TorchTextEncoder):
+    """Runs the ``text_encoder`` of pipeline folders where that is CLIP's."""
 
     def cards(self) -> Mapping[str, ModelCard]:
         folders = self.repository.folders()
         return {name: card for name, card in super().cards().items() if not folders[name].has("transformer")}
-
-    def _marks(self) -> tuple[object, ...]:
-        return (*super()._marks(), self._compiler.engine.version, self.device)
 
     def _seen(self, paths: Sequence[Path]) -> Sources:
         return Sources.of(paths)

@@ -17,14 +17,12 @@ from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.fingerprint import fingerprint_of
-from imagemesh_services.repository import open_repository
 from imagemesh_services.text_encoder.attention import Section, literal
 from imagemesh_services.text_encoder.backend import Encoded, Tokens
 from imagemesh_services.text_encoder.backends.torch import blocks
-from imagemesh_services.text_encoder.config import TextEncoderConfig
 from imagemesh_services.text_encoder.inversions import Inversions, find_inversions, places
 from imagemesh_services.text_encoder.windows import cut, side_by_side
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy
+from imagemesh_services.torch_support import TorchBackend, load_module, to_numpy
 
 log = logging.getLogger(__name__)
 
@@ -162,17 +160,8 @@ class TorchTextPair:
         return Encoded(to_numpy(embeds), None if pooled is None else to_numpy(pooled))
 
 
-class TorchTextEncoder:
+class TorchTextEncoder(TorchBackend):
     """Runs the ``text_encoder`` of pipeline folders."""
-
-    name = "torch"
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), _card)
@@ -205,8 +194,7 @@ class TorchTextEncoder:
         return TorchTextPair(clips, fingerprint, words.unusable, zeroes_empty_negative=zeroes)
 
     def _marks(self) -> tuple[object, ...]:
-        """What embeddings depend on besides the weights."""
-        return (self.name, self._dtype, self._device.type, torch.__version__, transformers.__version__)
+        return (*super()._marks(), transformers.__version__)
 
     def _seen(self, paths: Sequence[Path]) -> Any:
         """Called before a model is loaded, with what of the disk it is made of."""

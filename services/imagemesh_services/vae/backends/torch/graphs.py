@@ -1,34 +1,21 @@
 """AutoencoderKL, its encoder and decoder run by another engine; the library does the rest: scales, tiles, slices."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from imagemesh_runtime.registry import ModelCard
-from imagemesh_services.graphs.engine import Engine
-from imagemesh_services.graphs.torch.compiler import Sources, Standin, open_compiler, run
+from imagemesh_services.graphs.torch.backend import GraphBackend
+from imagemesh_services.graphs.torch.compiler import Sources, Standin, run
 from imagemesh_services.graphs.torch.export import Traced
 from imagemesh_services.torch_support import load_module
 from imagemesh_services.vae.backends.torch.model import TorchVae, TorchVaeModel
-from imagemesh_services.vae.config import VaeConfig
 
 
-class GraphVae(TorchVae):
-    """Runs the ``vae`` of pipeline folders where that is an AutoencoderKL.
-
-    Raises:
-        InvalidArgument: the engine has no such device, or graphs aren't made in that element type.
-    """
-
-    engine: ClassVar[type[Engine]]
-
-    def __init__(self, config: VaeConfig) -> None:
-        self._compiler = open_compiler(self.name, self.engine, config)
-        super().__init__(dataclasses.replace(config, device="cpu"))
-        self.device = self._compiler.engine.device
+class GraphVae(GraphBackend, TorchVae):
+    """Runs the ``vae`` of pipeline folders where that is an AutoencoderKL."""
 
     def cards(self) -> Mapping[str, ModelCard]:
         cards = super().cards()

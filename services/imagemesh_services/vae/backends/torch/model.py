@@ -12,10 +12,13 @@ from diffusers.image_processor import VaeImageProcessor
 from imagemesh_runtime.errors import NotFinite
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
 from imagemesh_runtime.tensors import Array
-from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+from imagemesh_services.torch_support import (
+    TorchBackend,
+    load_module,
+    to_numpy,
+    to_torch,
+)
 from imagemesh_services.vae.backend import MemoryOptions
-from imagemesh_services.vae.config import VaeConfig
 
 
 class TorchVaeModel:
@@ -108,17 +111,8 @@ MODELS: Final = {
 }
 
 
-class TorchVae:
+class TorchVae(TorchBackend):
     """Runs the ``vae`` of pipeline folders."""
-
-    name = "torch"
-
-    def __init__(self, config: VaeConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), _card)

@@ -10,8 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from imagemesh_runtime.errors import FailedPrecondition
 from imagemesh_runtime.registry import ModelCard, ModelFolder, cards_of
-from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads
+from imagemesh_services.torch_support import TorchBackend, load_module
 from imagemesh_services.vit.backends.torch.model import TorchVitModel
 from imagemesh_services.vit.backends.torch.states import read_state
 from imagemesh_services.vit.config import VitConfig
@@ -35,18 +34,12 @@ def _classifiers() -> frozenset[str]:
 CLASSIFIERS = _classifiers()
 
 
-class TorchVit:
+class TorchVit(TorchBackend):
     """Runs folders in the layout of google/vit-base-patch16-224, whatever their architecture."""
 
-    name = "torch"
-
     def __init__(self, config: VitConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
+        super().__init__(config)
         self._formats = (*SAFE, PICKLE) if config.unsafe_pickles else SAFE
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return cards_of(self.repository.folders().values(), self._card)

@@ -12,8 +12,12 @@ from imagemesh_runtime.errors import NotFinite
 from imagemesh_runtime.registry import ModelCard
 from imagemesh_runtime.tensors import Array
 from imagemesh_services.ip_adapters import IpAdapter, find_adapters
-from imagemesh_services.repository import open_repository
-from imagemesh_services.torch_support import load_module, pick_device, pick_dtype, set_threads, to_numpy, to_torch
+from imagemesh_services.torch_support import (
+    TorchBackend,
+    load_module,
+    to_numpy,
+    to_torch,
+)
 from imagemesh_services.vit.config import VitConfig
 from imagemesh_services.vit.references.backend import Embeds
 
@@ -45,18 +49,12 @@ class TorchEncoder:
         return Embeds(positive, negative)
 
 
-class TorchReferences:
+class TorchReferences(TorchBackend):
     """The image encoders of the repository's IP-Adapters; adapters of one encoder share it."""
 
-    name = "torch"
-
     def __init__(self, config: VitConfig) -> None:
-        self.repository = open_repository(config)
-        self._device = pick_device(config.device)
-        self._dtype = pick_dtype(config.dtype)
-        self.device, self.dtype = str(self._device), config.dtype
+        super().__init__(config)
         self._encoders: dict[Path, Any] = {}
-        set_threads(config.threads)
 
     def cards(self) -> Mapping[str, ModelCard]:
         return {name: ModelCard(name) for name in find_adapters(self.repository)}
