@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pkgutil import resolve_name
 from statistics import median
 from typing import Any, Final
@@ -66,7 +67,7 @@ def _measure(
         width, height = args.size[0] if args.size else sizes.setdefault(name, (own[0], own[1]))
         sizes[name] = (width, height)
         if args.model in ("", name):
-            timed = time_engines(engines, name, lambda model: trial(model, width, height), args.rounds)  # noqa: B023
+            timed = time_engines(engines, name, partial(trial, width=width, height=height), args.rounds)
             if timed is None:
                 print(f"{service}: {name} is left out: no engine can do it", file=sys.stderr)
                 continue

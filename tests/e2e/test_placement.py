@@ -198,17 +198,22 @@ async def test_the_replica_is_told_of_each_checkpoint_that_has_arrived() -> None
         assert all(len(name) >= 32 for name in names)
 
 
-def full_at_first(times: int) -> Behaviour:
-    """Has no place for so many who ask."""
+def fails_at_first(times: int, error: Callable[[], Exception]) -> Behaviour:
+    """Answers so many who ask with the error."""
     left = iter(range(times))
 
     async def behaviour(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
         if next(left, None) is not None:
-            raise Overloaded("diffusion", 1, 0.01)
+            raise error()
         async for response in finishes(request):
             yield response
 
     return behaviour
+
+
+def full_at_first(times: int) -> Behaviour:
+    """Has no place for so many who ask."""
+    return fails_at_first(times, lambda: Overloaded("diffusion", 1, 0.01))
 
 
 async def test_one_that_lost_its_replica_waits_for_a_place_at_another_and_loses_no_step() -> None:
@@ -218,21 +223,8 @@ async def test_one_that_lost_its_replica_waits_for_a_place_at_another_and_loses_
         assert [len(sampler.asked) for sampler in samplers] == [1, 3]
 
 
-def away_at_first(times: int) -> Behaviour:
-    """Starts meanwhile, or is yet to be found again."""
-    left = iter(range(times))
-
-    async def behaviour(request: pb.SampleRequest) -> AsyncIterator[pb.SampleResponse]:
-        if next(left, None) is not None:
-            raise Died
-        async for response in finishes(request):
-            yield response
-
-    return behaviour
-
-
 async def test_where_one_replica_stops_before_the_other_is_back_the_generation_waits_for_it() -> None:
-    async with fleet(hands_back, away_at_first(2)) as (samplers, replicas):
+    async with fleet(hands_back, fails_at_first(2, Died)) as (samplers, replicas):
         replicas.note_failure(replicas.peers[1])  # so that it comes last
         assert (await run(replicas)).evaluations == 3
         assert [len(sampler.asked) for sampler in samplers] == [3, 3]
